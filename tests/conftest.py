@@ -1,0 +1,51 @@
+"""Agents are files, not a package: the tests load each by its path, as a user's copy would be."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+AGENTS = sorted((ROOT / "agents").glob("*.py"))
+
+
+def load(path: Path):
+    name = f"agent_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(params=AGENTS, ids=lambda path: path.stem)
+def agent(request):
+    """The module of every agent in turn."""
+    return load(request.param)
+
+
+@pytest.fixture
+def dqn():
+    return load(ROOT / "agents" / "dqn.py")
+
+
+@pytest.fixture
+def qrdqn():
+    return load(ROOT / "agents" / "qrdqn.py")
+
+
+def make_args(module, **changes):
+    """The agent's flags at a size that a test can run: MinAtar, a small replay, no evaluation."""
+    small = dict(
+        env_id="MinAtar/Breakout-v1",
+        cuda=False,
+        total_timesteps=300,
+        buffer_size=1_000,
+        learning_starts=100,
+        target_network_frequency=50,
+        exploration_steps=100,
+        batch_size=8,
+        eval_episodes=0,
+    )
+    return module.Args(**(small | changes))
