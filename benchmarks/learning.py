@@ -1,6 +1,6 @@
 """Learning on MinAtar: mean return over the last 100 training games, per agent, batch size and seed.
 
-    python benchmarks/minatar.py --jobs 2
+    python benchmarks/learning.py --jobs 2
 
 starts the runs that are not yet in runs/ (a run that was cut off is started afresh), waits for them, and prints a table
 with random play for comparison. The settings are protocol's for MinAtar: Dopamine's learning rate, Adam epsilon, replay
