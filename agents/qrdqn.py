@@ -1,26 +1,25 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
-# dependencies = [
-#   "torch==2.13.0", "gymnasium==1.4.0", "ale-py==0.12.1", "minatar==1.0.15", "stable-baselines3==2.9.2",
-#   "tyro==1.0.17", "numpy==2.4.6", "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2", "imageio-ffmpeg==0.8.1",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "ale-py==0.12.1", "minatar==1.0.15", "stable-baselines3==2.9.2",
+#   "tyro==1.0.17", "numpy==2.4.6", "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2", "imageio-ffmpeg==0.8.1"]
 # ///
-"""QR-DQN: learn the distribution of returns as 200 quantiles of it, by quantile regression; act on their mean.
+"""QR-DQN: learn the distribution of the return as 200 quantiles of it, by quantile regression; act on their mean.
 
-Dabney et al., "Distributional Reinforcement Learning with Quantile Regression", AAAI 2018.
-Read after dqn.py; differs in (1) the network's head: quantiles for every action, (2) the target: each quantile of the
-next greedy action, shifted and shrunk, (3) the loss: the quantile Huber loss, (4) the defaults: 3-step returns,
-prioritized replay without importance weights, Adam's constants.
-Departs from the paper as Dopamine (Castro et al., 2018) and the small-batch study (Obando-Ceron et al., 2023) do: (4),
-sticky actions, game over as the only terminal, convolutions with SAME padding.
+Dabney et al., "Distributional reinforcement learning with quantile regression", AAAI 2018.
+Read after dqn.py; differs in (1) the head: quantiles for every action, (2) the target: the quantiles of the next greedy
+action, (3) the loss: quantile Huber, without importance weights, (4) defaults: 3-step, prioritized, Adam's constants.
+Departs from the paper as Dopamine (Castro et al., 2018) and "Small batch deep reinforcement learning" (Obando-Ceron
+et al., 2023) do: Adam, no clipping of the loss, sticky actions, game over as the only terminal, SAME padding. Two parts
+of Rainbow (Hessel et al., 2018) can be switched on and off: --n-step returns and --prioritized replay.
 
-Full scale, 100 million frames, with the study's small batch:
+Full scale, 100 million frames as in the study:
   python agents/qrdqn.py --batch-size 8 --env-id ALE/Pong-v5
 A minute on a CPU:
-  python agents/qrdqn.py --batch-size 8 --env-id MinAtar/Breakout-v1 --total-timesteps 60000 --learning-rate 2.5e-4
-    --buffer-size 100000 --learning-starts 1000 --target-network-frequency 1000 --exploration-steps 100000
+  python agents/qrdqn.py --batch-size 8 --env-id MinAtar/Breakout-v1 --total-timesteps 40000 --learning-starts 1000 \
+    --learning-rate 2.5e-4 --adam-eps 3.125e-4 --buffer-size 100000 --target-network-frequency 1000
 """
 
+import copy
 import difflib
 import importlib.metadata
 import importlib.util
@@ -31,7 +30,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -43,9 +44,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from gymnasium.wrappers import TransformObservation
 from stable_baselines3.common.buffers import ReplayBuffer
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 AGENT = "qrdqn"
@@ -74,7 +75,6 @@ class EnvironmentArgs:
     noop_max: int = 0  # most random no-op frames at the start of a game (ALE)
     frame_skip: int = 4  # emulator frames per agent step (ALE; MinAtar has 1)
     max_episode_steps: int = 27_000  # agent steps after which a game is truncated
-    clip_rewards: bool = True  # learn from rewards clipped to [-1, 1]; logged returns are never clipped
 
 
 @dataclass
@@ -98,8 +98,7 @@ class TrainingArgs:
 class AlgorithmArgs:
     n_step: int = 3  # agent steps of reward in a return before it bootstraps
     prioritized: bool = True  # sample transitions in proportion to their priority
-    num_quantiles: int = 200  # quantiles of the return for each action
-    kappa: float = 1.0  # threshold between the quadratic and the linear part of the Huber loss
+    num_quantiles: int = 200  # quantiles of the return of each action
 
 
 @dataclass
@@ -109,13 +108,8 @@ class Args(AlgorithmArgs, TrainingArgs, EnvironmentArgs, RunArgs):
 
 def parse_args() -> Args:
     """Read the command line, with a box in --help for each group of flags."""
-    groups = [
-        ("run", RunArgs),
-        ("environment", EnvironmentArgs),
-        ("training", TrainingArgs),
-        ("algorithm", AlgorithmArgs),
-    ]
-    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[make_dataclass("Groups", groups)], description=__doc__)
+    groups = {"run": RunArgs, "environment": EnvironmentArgs, "training": TrainingArgs, "algorithm": AlgorithmArgs}
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[make_dataclass("Groups", groups.items())], description=__doc__)
     return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
@@ -127,57 +121,42 @@ def fail(message: str) -> NoReturn:
 
 def check_args(args: Args) -> None:
     """Refuse what cannot work before anything is allocated or written."""
-    may_be_zero = ["seed", "eval_episodes", "eval_frequency", "noop_max", "learning_starts", "exploration_steps"]
+    may_be_zero = ["seed", "eval_episodes", "eval_frequency", "noop_max", "exploration_steps"]
     for name, value in asdict(args).items():
-        flag, low = "--" + name.replace("_", "-"), 0 if name in may_be_zero else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value < low:
-            fail(f"{flag} is {value}, and must be at least {low}.")
-        if isinstance(value, float) and not 0 <= value <= 1:
-            fail(f"{flag} is {value}, and must be from 0 to 1.")
-    if args.eval_only != (args.checkpoint is not None):
-        fail("--eval-only and --checkpoint FILE go together: give both or neither.")
-    if not args.eval_episodes and (args.capture_video or args.eval_only or args.eval_frequency):
-        fail("--eval-episodes 0 leaves no game for --eval-only, --eval-frequency or --capture-video: raise it.")
-    for package, needed in [("wandb", args.track), ("minatar", args.env_id.startswith("MinAtar/"))]:
+        low = 0 if isinstance(value, float) or name in may_be_zero else 1
+        high = 1 if isinstance(value, float) else math.inf
+        if isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:
+            limit = f"at least {low}" if high == math.inf else "from 0 to 1"
+            fail(f"--{name.replace('_', '-')} is {value}, and must be {limit}.")
+    if args.n_step > min(args.learning_starts, args.max_episode_steps):
+        fail(f"--n-step {args.n_step} is more than --learning-starts or --max-episode-steps leave room for: lower it.")
+    if args.eval_only != (args.checkpoint is not None) or (args.eval_only and not args.eval_episodes):
+        fail("--eval-only, --checkpoint FILE and at least one of --eval-episodes go together.")
+    optional = {"wandb": args.track, "imageio_ffmpeg": args.capture_video, "minatar": "MinAtar/" in args.env_id}
+    for package, needed in optional.items():
         if needed and not importlib.util.find_spec(package):
-            fail(f"{'--track' if package == 'wandb' else args.env_id} needs a package: pip install {package}.")
+            fail(f"these flags need the package {package}, which is not installed: pip install {package}")
 
 
 # -------------------------------------------------------------------------------------------------------- environment
-class MinAtar(gym.ObservationWrapper):
-    """Channels first, and no sticky action left over from the game before."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        height, width, channels = env.observation_space.shape
-        self.observation_space = gym.spaces.Box(0, 1, (channels, height, width), bool)
-
-    def reset(self, **kwargs):
-        self.unwrapped.game.last_action = 0
-        return super().reset(**kwargs)
-
-    def observation(self, obs: np.ndarray) -> np.ndarray:
-        return obs.transpose(2, 0, 1)
-
-
 def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
-    """Make the game as a vector of one environment, with rewards as the game gives them.
+    """Make a vector of one game: observations (1, 4, 84, 84) uint8 on ALE, (1, channels, 10, 10) bool on MinAtar.
 
-    Observations are (1, 4, 84, 84) uint8 on ALE, the last 4 frames with zeros before an episode's first, and
-    (1, channels, 10, 10) bool on MinAtar. `overrides` replace some of the keywords for ALE.
+    Rewards are the game's own. A stack has zeros before an episode's first frame. `overrides` are keywords for ALE.
     """
     gym.register_envs(ale_py)
     if importlib.util.find_spec("minatar") and "MinAtar/Breakout-v1" not in gym.registry:
         importlib.import_module("minatar.gym").register_envs()
     games = {name.split("/")[1].lower(): name for name in gym.registry if re.match("ALE/.*-v5|MinAtar/.*-v1", name)}
     if args.env_id not in games.values():
-        if args.env_id in gym.registry and isinstance(gym.make(args.env_id).action_space, gym.spaces.Box):
-            fail(f"{args.env_id} has continuous actions, and this agent chooses among discrete ones.")
-        near = difflib.get_close_matches(args.env_id.split("/")[-1].lower(), games, cutoff=0.4)
-        fail(f"no game is called {args.env_id!r}: try {', '.join(games[name] for name in near) or 'ALE/Pong-v5'}.")
+        near = difflib.get_close_matches(args.env_id.split("/")[-1].lower(), games, cutoff=0.4) or ["pong-v5"]
+        names = ", ".join(games[name] for name in near)
+        fail(f"{args.env_id!r} is no ALE or MinAtar game, whose actions are discrete: try {names}.")
     if args.env_id.startswith("MinAtar/"):
         kwargs = {"max_episode_steps": args.max_episode_steps, "disable_env_checker": True, "render_mode": "rgb_array"}
-        return gym.vector.SyncVectorEnv([lambda: MinAtar(gym.make(args.env_id, **kwargs))])
+        env = gym.make(args.env_id, **kwargs)
+        space = gym.spaces.Box(0, 1, np.roll(env.observation_space.shape, 1), bool)  # channels first
+        return gym.vector.SyncVectorEnv([lambda: TransformObservation(env, lambda obs: obs.transpose(2, 0, 1), space)])
     chance = {"repeat_action_probability": args.sticky_actions, "noop_max": args.noop_max}
     length = {"frameskip": args.frame_skip, "max_num_frames_per_episode": args.frame_skip * args.max_episode_steps}
     picture = {"maxpool": True, "grayscale": True, "img_height": 84, "img_width": 84, "stack_num": 4}
@@ -189,9 +168,12 @@ def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
         fail(f"the game {args.env_id} is not installed: {str(error).splitlines()[0]}")
 
 
-def episode_seed(seed: int, stream: int, episode: int) -> int:
-    """Derive a game's seed from the run's seed, the stream (0: training, else an evaluation) and the game's number."""
-    return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0] >> 1)  # below 2**31
+def reset(envs: gym.vector.VectorEnv, seed: int, stream: int, game: int) -> np.ndarray:
+    """Start the game that the run's seed, the stream (0: training) and the game's number determine: its first obs."""
+    if isinstance(envs, gym.vector.SyncVectorEnv):
+        envs.envs[0].unwrapped.game.last_action = 0  # MinAtar's sticky action would outlive the game before
+    game_seed = np.random.SeedSequence([seed, stream, game]).generate_state(1)[0] >> 1  # below 2**31
+    return envs.reset(seed=int(game_seed))[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- replay
@@ -206,43 +188,37 @@ class Batch(NamedTuple):
 
 
 class SumTree:
-    """Numbers that are drawn in proportion to their value (Schaul et al., 2016, appendix B.2.1).
+    """Priorities that are drawn in proportion to their value (Schaul et al., 2016, appendix B.2.1).
 
-    A node has 64 children in place of 2, so that a whole batch walks down a million leaves in four vectorised steps.
+    The tree has two levels, sqrt(capacity) sums over as many leaves each: few NumPy calls serve a whole batch.
     """
 
     def __init__(self, capacity: int):
-        self.levels = [np.zeros(-(-capacity // 64) * 64)]  # leaves first, root last
-        while len(self.levels[-1]) > 1:
-            nodes = len(self.levels[-1]) // 64
-            self.levels.append(np.zeros(-(-nodes // 64) * 64 if nodes > 1 else 1))
+        self.width = math.ceil(math.sqrt(capacity))
+        self.leaves, self.sums = np.zeros((self.width, self.width)), np.zeros(self.width)
 
-    def set(self, leaves: np.ndarray, values: np.ndarray | float) -> None:
-        """Set `leaves` (k,) to `values` (k,) or to one number, and recompute the sums above them."""
-        self.levels[0][leaves] = values
-        for children, parents in zip(self.levels[:-1], self.levels[1:], strict=True):
-            leaves = leaves // 64
-            parents[leaves] = children.reshape(-1, 64)[leaves].sum(axis=1)
+    def set(self, rows: np.ndarray, priorities: np.ndarray | float) -> None:
+        self.leaves.flat[rows] = priorities
+        self.sums[rows // self.width] = self.leaves[rows // self.width].sum(axis=1)
 
-    def find(self, points: np.ndarray) -> np.ndarray:
-        """Return the leaves (k,) in whose slice of [0, total) the `points` (k,) lie."""
-        leaves = np.zeros(len(points), np.int64)
-        for children in self.levels[-2::-1]:
-            ends = children.reshape(-1, 64)[leaves].cumsum(axis=1)  # (k, 64)
-            child = (ends <= points[:, None]).sum(axis=1)
-            child = np.minimum(child, (ends < ends[:, -1:]).sum(axis=1))  # rounding must not lead past the last slice
-            points = points - np.where(child > 0, ends[np.arange(len(points)), child - 1], 0)
-            leaves = leaves * 64 + child
-        return leaves
+    def find(self, shares: np.ndarray) -> np.ndarray:
+        """Return the rows (k,) in whose slices of the total the `shares` (k,) of it, from 0 to 1, lie."""
+        ends = self.sums.cumsum()
+        points = shares * ends[-1]
+        blocks = np.minimum(np.searchsorted(ends, points, "right"), np.searchsorted(ends, ends[-1]))
+        inner = self.leaves[blocks].cumsum(axis=1)  # (k, width)
+        rest = (points - np.append(0, ends)[blocks])[:, None]
+        leaves = np.minimum((inner <= rest).sum(axis=1), (inner < inner[:, -1:]).sum(axis=1))
+        return blocks * self.width + leaves  # both minima keep rounding from leading past the last priority
 
 
 class FrameReplay(ReplayBuffer):
     """SB3's replay with each frame stored once; stacks and n-step returns are built when sampling.
 
-    A row holds the newest frame of s_t, a_t, r_t and whether s_{t+1} is terminal. The newest frame of s_{t+1} goes to
-    the row after it: the next step overwrites it with the same, but after a truncation it stays. A row becomes valid,
-    that is, can be sampled, when its n steps are complete or the episode terminates within them, and stays so until
-    its frames are overwritten. A window that would cross a truncation never becomes valid.
+    A row holds s_t's newest frame, a_t, r_t and whether s_{t+1} is terminal. The newest frame of s_{t+1} goes to the
+    row after: the next step overwrites it with the same, but after a truncation it stays. A row is valid, that is, can
+    be sampled, from when its n steps are complete, or the episode terminated within them, until its frames are
+    overwritten; a row whose n steps would cross a truncation never is.
     """
 
     def __init__(self, obs_space: gym.spaces.Box, num_actions: int, args: Args, device, rng: np.random.Generator):
@@ -253,31 +229,29 @@ class FrameReplay(ReplayBuffer):
         if gigabytes > free:
             advice = f"lower --buffer-size, {args.buffer_size:,}, to {int(0.9e9 * free / row_bytes):,}."
             fail(f"the replay takes {gigabytes:.1f} GB and {free:.1f} GB of memory are free: {advice}")
-        if args.buffer_size < self.stack + args.n_step + 2:
-            fail(f"--buffer-size {args.buffer_size} holds no window of --n-step {args.n_step}: raise it.")
-        actions = gym.spaces.Discrete(num_actions)
-        super().__init__(args.buffer_size, frame, actions, device, 1, True, handle_timeout_termination=False)
+        if args.buffer_size < (least := 2 * (self.stack + args.n_step + 2)):
+            fail(f"--buffer-size {args.buffer_size} is too small for --n-step {args.n_step}: make it at least {least}.")
+        space = gym.spaces.Discrete(num_actions)
+        super().__init__(args.buffer_size, frame, space, device, 1, True, handle_timeout_termination=False)
         self.actions = np.zeros(args.buffer_size, np.uint8)
         self.rewards = np.zeros(args.buffer_size, np.float32)
         self.dones = np.zeros(args.buffer_size, bool)  # terminations; truncations leave no mark but invalid rows
-        self.timeouts = None
         self.age = np.zeros(args.buffer_size, np.uint8)  # steps since the episode's first, at most 255
         self.valid = np.zeros(args.buffer_size, bool)
         self.priorities, self.max_priority = SumTree(args.buffer_size) if args.prioritized else None, 1.0
-        self.episode_steps, self.n_step, self.gamma, self.rng = 0, args.n_step, args.gamma, rng
+        self.timeouts, self.episode_steps, self.n_step, self.gamma, self.rng = None, 0, args.n_step, args.gamma, rng
 
     def add(self, obs, next_obs, actions, rewards, terminations, truncations) -> None:
         """Store a step; every argument has a leading axis of one environment."""
         row, channels = self.pos, self.observations.shape[2]
-        self.set_valid(
-            (row + np.arange(self.stack + 1)) % self.buffer_size, False
-        )  # those whose stacks are overwritten
+        overwritten = np.arange(self.stack + 1)  # rows whose stacks lose a frame, as steps ahead
+        self.set_valid((row + overwritten) % self.buffer_size, False)
         self.observations[row, 0] = obs[0, -channels:]
         self.observations[(row + 1) % self.buffer_size, 0] = next_obs[0, -channels:]
         self.actions[row], self.rewards[row], self.dones[row] = actions[0], rewards[0], terminations[0]
         self.age[row] = min(self.episode_steps, 255)
         self.episode_steps += 1
-        complete = np.arange(self.n_step)[: self.episode_steps]  # the windows that end here, as steps back
+        complete = np.arange(self.n_step)[: self.episode_steps]  # rows whose windows end here, as steps back
         if not terminations[0]:
             complete = complete[self.n_step - 1 :]
         self.set_valid((row - complete) % self.buffer_size, True)
@@ -296,9 +270,10 @@ class FrameReplay(ReplayBuffer):
     def sample(self, batch_size: int) -> Batch:
         """Draw transitions with replacement: uniformly, or in proportion to their priorities."""
         if self.priorities:
-            points = (np.arange(batch_size) + self.rng.random(batch_size)) / batch_size  # one in each equal slice
-            rows = self.priorities.find(points * self.priorities.levels[-1][0])
-            weights = 1 / np.sqrt(self.priorities.levels[0][rows] + 1e-10)
+            rows = self.priorities.find(
+                (np.arange(batch_size) + self.rng.random(batch_size)) / batch_size
+            )  # stratified
+            weights = 1 / np.sqrt(self.priorities.leaves.flat[rows] + 1e-10)
             return self._get_samples(rows, weights / weights.max())
         rows = self.rng.integers(self.size(), size=batch_size)
         while not self.valid[rows].all():
@@ -332,16 +307,6 @@ class FrameReplay(ReplayBuffer):
 
 
 # ------------------------------------------------------------------------------------------------------------ network
-class SameConv2d(nn.Conv2d):
-    """A convolution to ceil(size / stride) rows and columns; odd padding has its extra one after the image."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        size, kernel, stride = x.shape[-1], self.kernel_size[0], self.stride[0]
-        total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-        before, after = total // 2, total - total // 2
-        return super().forward(F.pad(x, (before, after, before, after)))
-
-
 class Pixels(nn.Module):
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()  # MinAtar's are 0 and 1
@@ -352,35 +317,40 @@ def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequ
     if obs_shape[1:] == (10, 10):  # MinAtar: Young and Tian, 2019
         layers, width = [nn.Conv2d(obs_shape[0], 16, 3), nn.ReLU()], 128
     else:
-        conv, width = {"dopamine": SameConv2d, "nature": nn.Conv2d}[network], 512
-        layers = [conv(obs_shape[0], 32, 8, 4), nn.ReLU(), conv(32, 64, 4, 2), nn.ReLU(), conv(64, 64, 3, 1), nn.ReLU()]
+        same = [(2, 2, 2, 2), (1, 2, 1, 2), (1, 1, 1, 1)]  # left, right, top, bottom: 84 -> 21 -> 11 -> 11
+        pads, width = {"dopamine": same, "nature": [(0, 0, 0, 0)] * 3}[network], 512  # nature: 84 -> 20 -> 9 -> 7
+        convs = [nn.Conv2d(obs_shape[0], 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
+        layers = [
+            layer for pad, conv in zip(pads, convs, strict=True) for layer in (nn.ZeroPad2d(pad), conv, nn.ReLU())
+        ]
     convolutions = nn.Sequential(Pixels(), *layers, nn.Flatten())
     return convolutions, convolutions(torch.zeros(1, *obs_shape)).shape[1], width
 
 
-def variance_scaling(module: nn.Module, generator: torch.Generator) -> None:
-    """Initialise every layer: weights uniform with variance 1 / (sqrt(3) fan_in), biases zero."""
-    for layer in module.modules():
+def uniform_init(network: nn.Module, limit: Callable[[int, int], float], seed: int) -> None:
+    """Draw the weights of every layer uniformly from +-limit(fan_in, fan_out); biases are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            limit = math.sqrt(math.sqrt(3) / layer.weight[0].numel())  # of a uniform distribution: sqrt(3 variance)
-            nn.init.uniform_(layer.weight, -limit, limit, generator=generator)
+            bound = limit(layer.weight[0].numel(), layer.weight[:, 0].numel())
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             nn.init.zeros_(layer.bias)
 
 
 class QuantileNetwork(nn.Module):
-    """The quantiles of the return for every action, at the levels tau_i = (i + 1/2) / num_quantiles."""
-
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args):
         super().__init__()
-        self.convolutions, size, units = make_convolutions(obs_shape, args.network)
-        self.dense = nn.Linear(size, units)
-        self.head = nn.Linear(units, num_actions * args.num_quantiles)
-        self.num_quantiles = args.num_quantiles
-        variance_scaling(self, torch.Generator().manual_seed(args.seed))
+        self.convolutions, size, width = make_convolutions(obs_shape, args.network)
+        self.dense = nn.Linear(size, width)
+        self.head = nn.Sequential(
+            nn.Linear(width, num_actions * args.num_quantiles), nn.Unflatten(1, (num_actions, -1))
+        )
+        uniform_init(
+            self, lambda fan_in, _: math.sqrt(math.sqrt(3) / fan_in), args.seed
+        )  # variance 1 / (sqrt(3) fan_in)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        quantiles = self.head(F.relu(self.dense(self.convolutions(obs))))
-        return quantiles.view(len(obs), -1, self.num_quantiles)  # (batch, actions, quantiles)
+        return self.head(F.relu(self.dense(self.convolutions(obs))))  # (batch, actions, quantiles)
 
     def q_values(self, obs: torch.Tensor) -> torch.Tensor:
         return self(obs).mean(dim=2)  # (batch, actions)
@@ -397,63 +367,57 @@ def act(q_network: nn.Module, obs: np.ndarray, epsilon: float, num_actions: int,
 
 @torch.no_grad()
 def quantile_target(target_network: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return r + gamma theta_j(s', a*), of shape (batch, quantiles), a* greedy: Dabney et al., algorithm 1."""
-    quantiles = target_network(batch.next_obs)  # (batch, actions, quantiles)
-    best = quantiles.mean(dim=2).argmax(dim=1)
-    return batch.rewards[:, None] + batch.discounts[:, None] * quantiles[torch.arange(len(best)), best]
+    """Return r + gamma theta_j(s', a*), (batch, quantiles), a* greedy: Dabney et al., 2018, algorithm 1."""
+    theta = target_network(batch.next_obs)  # (batch, actions, quantiles)
+    best = theta.mean(dim=2).argmax(dim=1)
+    return batch.rewards[:, None] + batch.discounts[:, None] * theta[torch.arange(len(best)), best]
 
 
-def quantile_loss(q_network: nn.Module, batch: Batch, targets: torch.Tensor, kappa: float):
-    """Return the quantile Huber loss of every transition and Q of the actions taken, both (batch,)."""
-    quantiles = q_network(batch.obs)[torch.arange(len(targets)), batch.actions]  # (batch, quantiles)
-    n = quantiles.shape[1]
-    tau = ((torch.arange(n, device=targets.device) + 0.5) / n)[:, None]  # midpoints: lemma 2
-    theta, target = torch.broadcast_tensors(quantiles[:, :, None], targets[:, None, :])  # (batch, i, j)
-    huber = F.huber_loss(theta, target, reduction="none", delta=kappa)  # eq. 9
-    weights = torch.where(target < theta, 1 - tau, tau)  # |tau - 1{u < 0}|, eq. 10
-    return (weights * huber).sum(dim=(1, 2)) / (n * kappa), quantiles.mean(dim=1)  # sum over i, mean over j
+def quantile_loss(q_network: nn.Module, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the quantile Huber loss (eq. 10, kappa 1) of every transition and Q of the actions, both (batch,)."""
+    theta = q_network(batch.obs)[torch.arange(len(targets)), batch.actions]  # (batch, quantiles)
+    tau = (torch.arange(theta.shape[1], device=theta.device)[:, None] + 0.5) / theta.shape[1]  # midpoints, lemma 2
+    theta_i, target_j = torch.broadcast_tensors(theta[:, :, None], targets[:, None, :])  # (batch, i, j)
+    huber = F.huber_loss(theta_i, target_j, reduction="none")  # eq. 9
+    weights = torch.where(target_j < theta_i, 1 - tau, tau)  # |tau_i - 1{u < 0}|
+    return (weights * huber).sum(dim=1).mean(dim=1), theta.mean(dim=1)
 
 
 # ------------------------------------------------------------------------------------------- evaluation and checkpoints
 def evaluate(q_network: nn.Module, args: Args, device, stream: int, video: Path | None) -> np.ndarray:
-    """Play full games and return their raw returns (eval_episodes,), with emulator and random numbers of its own.
-
-    `stream` (at least 1) seeds the games; the first is filmed where `video` names a file.
-    """
+    """Play games seeded by `stream` (at least 1) and return their raw returns (eval_episodes,); film the first."""
     envs, rng = make_env(args), np.random.default_rng([args.seed, stream])
     returns, first_game = np.zeros(args.eval_episodes), []
     for episode in range(args.eval_episodes):
-        obs, _ = envs.reset(seed=episode_seed(args.seed, stream, episode))
-        done = False
-        while not done:
+        obs = reset(envs, args.seed, stream, episode)
+        terminations, truncations = [False], [False]
+        while not (terminations[0] or truncations[0]):
             actions = act(q_network, obs, args.eval_epsilon, envs.single_action_space.n, rng, device)
             obs, rewards, terminations, truncations, _ = envs.step(actions)
             returns[episode] += rewards[0]
-            done = terminations[0] or truncations[0]
             if episode == 0:
                 first_game.append(actions)
     envs.close()
     if video:
-        film(video, args, episode_seed(args.seed, stream, 0), first_game)
+        film(video, args, stream, first_game)
     return returns
 
 
-def film(path: Path, args: Args, seed: int, game: list[np.ndarray]) -> None:
+def film(path: Path, args: Args, stream: int, game: list[np.ndarray]) -> None:
     """Play the actions of a game once more, in an emulator that shows every frame in colour, and write an MP4."""
     import imageio_ffmpeg
 
+    envs = make_env(args, frameskip=1, maxpool=False, grayscale=False, stack_num=1, img_height=210, img_width=160)
+    obs = reset(envs, args.seed, stream, 0)
     minatar = args.env_id.startswith("MinAtar/")
-    colour = {"frameskip": 1, "maxpool": False, "grayscale": False, "stack_num": 1, "img_height": 210, "img_width": 160}
-    envs = make_env(args, **colour)
-    obs, _ = envs.reset(seed=seed)
-    path.parent.mkdir(exist_ok=True)
     size, scale, fps = ((160, 160), 16, 10) if minatar else ((320, 420), 2, 60)
+    path.parent.mkdir(exist_ok=True)
     mp4 = imageio_ffmpeg.write_frames(str(path), size, fps=fps, macro_block_size=2)
     mp4.send(None)
     for actions in game:
         for _ in range(1 if minatar else args.frame_skip):
             image = (envs.render()[0] * 255).astype(np.uint8) if minatar else obs[0, 0]
-            mp4.send(np.ascontiguousarray(image.repeat(scale, 0).repeat(scale, 1)))
+            mp4.send(image.repeat(scale, 0).repeat(scale, 1))
             obs, _, terminations, truncations, _ = envs.step(actions)
             if terminations[0] or truncations[0]:
                 break
@@ -472,50 +436,51 @@ def load_checkpoint(args: Args) -> tuple[Args, int, dict]:
     """Read --checkpoint; return its flags, but the run group of `args`, its step and its weights."""
     try:
         state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-        agent, flags, step, weights = (state[key] for key in ("agent", "args", "global_step", "weights"))
+        agent, step, weights = state["agent"], state["global_step"], state["weights"]
+        if agent != AGENT:
+            fail(f"{args.checkpoint} is a checkpoint of {agent}, not of {AGENT}: play it with agents/{agent}.py.")
+        mine = {field.name for field in fields(RunArgs)}
+        return replace(args, **{key: flag for key, flag in state["args"].items() if key not in mine}), step, weights
     except OSError as error:
         fail(f"{args.checkpoint} could not be read: {error.strerror}.")
-    except Exception:  # a damaged or foreign file; torch.load has a dozen ways to say so
+    except Exception:  # torch.load has a dozen ways to say that a file is damaged or foreign
         fail(f"{args.checkpoint} is damaged, or no checkpoint of these agents.")
-    if agent != AGENT:
-        fail(f"{args.checkpoint} is a checkpoint of {agent}, not of {AGENT}: play it with agents/{agent}.py.")
-    mine = {field.name for field in fields(RunArgs)}
-    return replace(args, **{name: value for name, value in flags.items() if name not in mine}), step, weights
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 def make_run_folder(args: Args, device, envs: gym.vector.VectorEnv) -> tuple[Path, SummaryWriter]:
     """Make a new run folder that holds args.json and a TensorBoard log with the same facts."""
-    stamp = int(time.time())
-    while (folder := Path(f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{stamp}")).exists():
-        stamp += 1
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--verify", "HEAD"]
-    packages = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions()}
-    environment = {
+    name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder, here = Path("runs") / name, Path(__file__).resolve().parent
+    git = subprocess.run("git rev-parse --verify HEAD", shell=True, cwd=here, capture_output=True, text=True)
+    record = {
+        "agent": AGENT,
+        "args": asdict(args),
         "observations": str(envs.single_observation_space),
         "actions": int(envs.single_action_space.n),
         "frames_per_step": 1 if args.env_id.startswith("MinAtar/") else args.frame_skip,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
-        "packages": {name: packages.get(name) for name in ["torch", "gymnasium", "ale-py", "minatar", "numpy"]},
-        "git_commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "packages": {package.name: package.version for package in importlib.metadata.distributions()},
+        "git_commit": git.stdout.strip() or None,
     }
     try:
         folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps({"agent": AGENT, "args": asdict(args), **environment}, indent=2))
+        (folder / "args.json").write_text(json.dumps(record, indent=2))
     except OSError as error:
         fail(f"the run folder {folder} could not be made: {error.strerror}.")
     if args.track:
         options = {"name": folder.name, "dir": str(folder), "config": asdict(args), "sync_tensorboard": True}
         importlib.import_module("wandb").init(**options)
     writer = SummaryWriter(str(folder))
-    for title, table in [("hyperparameters", asdict(args)), ("environment", environment)]:
+    for title in ["hyperparameters", "environment"]:
+        table = record["args"] if title == "hyperparameters" else {key: record[key] for key in record if key != "args"}
         writer.add_text(title, "|name|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in table.items()))
-    values = {
-        key: value if isinstance(value, bool | int | float) else str(value) for key, value in asdict(args).items()
-    }
-    for summary in hparams(values, {"charts/episodic_return": 0, "eval/episodic_return": 0}):
+    values = {key: str(value) if value is None else value for key, value in asdict(args).items()}
+    for summary in torch.utils.tensorboard.summary.hparams(
+        values, {"charts/episodic_return": 0, "eval/episodic_return": 0}
+    ):
         writer.file_writer.add_summary(summary)
     return folder, writer
 
@@ -531,11 +496,13 @@ def train(args: Args) -> Path | None:
     q_network = QuantileNetwork(obs_space.shape, num_actions, args).to(device)
     if args.eval_only:
         q_network.load_state_dict(weights)
-        video = Path(args.checkpoint).with_suffix(f".seed{args.seed}.mp4") if args.capture_video else None
+        video = (
+            Path(args.checkpoint).with_suffix(f".{datetime.now():%Y%m%d-%H%M%S}.mp4") if args.capture_video else None
+        )
         returns = evaluate(q_network, args, device, 1 + global_step, video)
         return print(f"{args.env_id}: mean return {returns.mean():.2f} of {len(returns)} games: {returns.tolist()}")
 
-    target_network = QuantileNetwork(obs_space.shape, num_actions, args).to(device)
+    target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
     replay = FrameReplay(obs_space, num_actions, args, device, np.random.default_rng([args.seed, 0, 1]))
     rng = np.random.default_rng([args.seed, 0, 0])  # of exploration
@@ -545,46 +512,39 @@ def train(args: Args) -> Path | None:
     start = last_line = time.monotonic()
     losses = None
     episode, episodic_return, episodic_length, last_return = 0, 0.0, 0, math.nan
-    obs, _ = envs.reset(seed=episode_seed(args.seed, 0, episode))
+    obs = reset(envs, args.seed, 0, episode)
 
     for global_step in range(1, args.total_timesteps + 1):
         # ------------------------------------------------------------------------------------------------------ act
         decay = [args.learning_starts, args.learning_starts + args.exploration_steps]
         epsilon = float(np.interp(global_step, decay, [args.start_e, args.end_e]))
         actions = act(q_network, obs, epsilon, num_actions, rng, device)
-
         # ----------------------------------------------------------------------------------------------------- step
         next_obs, rewards, terminations, truncations, _ = envs.step(actions)
         episodic_return += float(rewards[0])
         episodic_length += 1
-
         # ---------------------------------------------------------------------------------------------------- store
-        stored_rewards = np.clip(rewards, -1, 1) if args.clip_rewards else rewards
-        replay.add(obs, next_obs, actions, stored_rewards, terminations, truncations)
+        replay.add(obs, next_obs, actions, np.clip(rewards, -1, 1), terminations, truncations)
         obs = next_obs
         if terminations[0] or truncations[0]:
             last_return = episodic_return
             writer.add_scalar("charts/episodic_return", episodic_return, global_step)
             writer.add_scalar("charts/episodic_length", episodic_length, global_step)
             episode, episodic_return, episodic_length = episode + 1, 0.0, 0
-            obs, _ = envs.reset(seed=episode_seed(args.seed, 0, episode))  # in place of an autoreset step
-
+            obs = reset(envs, args.seed, 0, episode)  # in place of an autoreset step
         # ---------------------------------------------------------------------------------------------------- learn
         if global_step > args.learning_starts and global_step % args.train_frequency == 0:
             batch = replay.sample(args.batch_size)
-            targets = quantile_target(target_network, batch)
-            losses, q_values = quantile_loss(q_network, batch, targets, args.kappa)
+            losses, q_values = quantile_loss(q_network, batch, quantile_target(target_network, batch))
             loss = losses.mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if args.prioritized:
                 replay.update_priorities(batch.rows, losses)
-
         # --------------------------------------------------------------------------------------------------- target
         if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
             target_network.load_state_dict(q_network.state_dict())
-
         # ------------------------------------------------------------------------------------------------------ log
         status = f"return {last_return:.1f}, epsilon {epsilon:.3f}"
         bar.set_postfix_str(status, refresh=False)
@@ -593,10 +553,7 @@ def train(args: Args) -> Path | None:
             last_line = time.monotonic()  # output is no terminal: a plain line now and then
             speed = global_step / (last_line - start)
             left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
-            print(
-                f"step {global_step:,} of {args.total_timesteps:,}, {speed:.0f} steps/s, {left} left, {status}",
-                flush=True,
-            )
+            print(f"step {global_step:,}, {speed:.0f} steps/s, {left} left, {status}", flush=True)
         if global_step % 1_000 == 0:
             writer.add_scalar("charts/epsilon", epsilon, global_step)
             writer.add_scalar("charts/SPS", global_step / (time.monotonic() - start), global_step)
@@ -604,6 +561,7 @@ def train(args: Args) -> Path | None:
                 writer.add_scalar("losses/td_loss", loss.item(), global_step)
                 writer.add_scalar("losses/q_values", q_values.mean().item(), global_step)
                 if not math.isfinite(loss.item()):
+                    writer.close()
                     fail(f"the loss is {loss.item()} at step {global_step:,}: the run in {folder} is stopped.")
         last = global_step == args.total_timesteps
         if args.eval_episodes and (last or (args.eval_frequency and global_step % args.eval_frequency == 0)):
@@ -611,7 +569,6 @@ def train(args: Args) -> Path | None:
             returns = evaluate(q_network, args, device, 1 + global_step, video)
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
             tqdm.write(f"evaluation at step {global_step:,}: mean return {returns.mean():.2f} of {len(returns)} games")
-
         # ----------------------------------------------------------------------------------------------- checkpoint
         if last and args.save_model:
             save_checkpoint(folder / "model.pt", q_network, args, global_step)

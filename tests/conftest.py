@@ -37,15 +37,15 @@ def qrdqn():
 
 def make_args(module, **changes):
     """The agent's flags at a size that a test can run: MinAtar, a small replay, no evaluation."""
-    small = dict(
-        env_id="MinAtar/Breakout-v1",
-        cuda=False,
-        total_timesteps=300,
-        buffer_size=1_000,
-        learning_starts=100,
-        target_network_frequency=50,
-        exploration_steps=100,
-        batch_size=8,
-        eval_episodes=0,
-    )
+    small = {
+        "env_id": "MinAtar/Breakout-v1",
+        "cuda": False,
+        "total_timesteps": 300,
+        "buffer_size": 1_000,
+        "learning_starts": 100,
+        "target_network_frequency": 50,
+        "exploration_steps": 100,
+        "batch_size": 8,
+        "eval_episodes": 0,
+    }
     return module.Args(**(small | changes))

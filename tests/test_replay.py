@@ -2,6 +2,7 @@
 
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -12,31 +13,29 @@ STACK = 4
 class Script:
     """A game that was written down beforehand: episode `e` has `lengths[e]` steps and ends as `ends[e]` says.
 
-    The frame of step t of episode e is filled with numbers that encode (e, t): no two frames are alike, none is zero.
+    The frame of step t of episode e spells e and t in bits: no two frames are alike, and none is zero.
     """
 
-    def __init__(self, lengths, ends, channels=1):
-        self.lengths, self.ends, self.channels = lengths, ends, channels
+    def __init__(self, lengths, ends, channels=1, dtype=np.uint8):
+        self.lengths, self.ends, self.channels, self.dtype = lengths, ends, channels, dtype
         rng = np.random.default_rng(0)
         self.actions = {(e, t): int(rng.integers(6)) for e, length in enumerate(lengths) for t in range(length)}
         self.rewards = {key: float(rng.integers(-9, 10)) / 8 for key in self.actions}
 
     def frame(self, e, t):
-        frame = np.zeros((self.channels, 3, 3), np.uint8)
-        frame[:, 0, 0], frame[:, 0, 1], frame[:, 0, 2], frame[:, 1, 0] = 1 + e % 200, e // 200, 1 + t % 200, t // 200
-        frame[:, 2, 2] = np.arange(self.channels)
-        return frame
+        bits = [(1 + e) >> i & 1 for i in range(10)] + [(1 + t) >> i & 1 for i in range(10)]
+        return np.tile(np.array(bits, self.dtype).reshape(4, 5), (self.channels, 1, 1))
 
     def obs(self, e, t, stack):
         """The stacked observation: frames before the episode's first are zeros."""
-        blank = np.zeros((self.channels, 3, 3), np.uint8)
+        blank = np.zeros((self.channels, 4, 5), self.dtype)
         return np.concatenate([self.frame(e, i) if i >= 0 else blank for i in range(t - stack + 1, t + 1)])
 
     @staticmethod
     def decode(obs):
         """(episode, step) of the newest frame of a stacked observation."""
-        frame = obs[-1]
-        return int(frame[0, 0]) - 1 + 200 * int(frame[0, 1]), int(frame[0, 2]) - 1 + 200 * int(frame[1, 0])
+        bits = obs[-1].astype(int).ravel()
+        return int(bits[:10] @ 2 ** np.arange(10)) - 1, int(bits[10:] @ 2 ** np.arange(10)) - 1
 
     def play(self, replay, stack, after_each=lambda e, t: None):
         for e, (length, end) in enumerate(zip(self.lengths, self.ends, strict=True)):
@@ -61,14 +60,13 @@ class Script:
                 return None  # it would cross a truncation
             total += gamma**k * self.rewards[e, t + k]
             if terminates and t + k == length - 1:
-                return total, 0.0, np.zeros((stack * self.channels, 3, 3), np.uint8)
+                return total, 0.0, np.zeros((stack * self.channels, 4, 5), self.dtype)
         return total, gamma**n, self.obs(e, t + n, stack)
 
 
-def make_replay(module, capacity, n_step, prioritized, stack=STACK, channels=1):
-    shape = (stack * channels, 3, 3)
-    rng = np.random.default_rng(3)
-    return module.FrameReplay(capacity, shape, np.uint8, stack, 6, n_step, 0.9, prioritized, "cpu", rng)
+def make_replay(module, capacity, n_step, prioritized, space=gym.spaces.Box(0, 255, (STACK, 4, 5), np.uint8)):  # noqa: B008
+    args = module.Args(buffer_size=capacity, n_step=n_step, prioritized=prioritized, gamma=0.9)
+    return module.FrameReplay(space, 6, args, "cpu", np.random.default_rng(3))
 
 
 def check_batch(script, replay, batch, stack=STACK):
@@ -96,7 +94,7 @@ ENDINGS = ["terminal", "truncation", "terminal", "both", "truncation", "terminal
 
 @pytest.mark.parametrize("prioritized", [False, True], ids=["uniform", "prioritized"])
 @pytest.mark.parametrize("n_step", [1, 3, 10])
-@pytest.mark.parametrize("capacity", [500, 41, 30], ids=["not full", "full", "full many times"])
+@pytest.mark.parametrize("capacity", [500, 41, 33], ids=["not full", "full", "full many times"])
 def test_every_sampled_transition(agent, capacity, n_step, prioritized):
     """Full and partly filled rings, both ends of episodes, episodes shorter than n and than the stack."""
     lengths = [7, 12, 1, 2, 1, 3, 30]
@@ -110,7 +108,7 @@ def test_every_sampled_transition(agent, capacity, n_step, prioritized):
             return
         check_batch(script, replay, replay.sample(16))
         if prioritized:
-            leaves = replay.priorities.levels[0][:capacity]
+            leaves = replay.priorities.leaves.ravel()[:capacity]
             np.testing.assert_array_equal(leaves > 0, replay.valid)
 
     script.play(replay, STACK, after_each)
@@ -153,8 +151,8 @@ def test_a_truncation_bootstraps_from_its_last_observation(agent):
 
 def test_without_a_stack(agent):
     """MinAtar's case: one frame of several channels."""
-    script = Script([7, 12, 1, 2, 40], ["terminal", "truncation", "terminal", "both", "terminal"], channels=3)
-    replay = make_replay(agent, 33, 3, False, stack=1, channels=3)
+    script = Script([7, 12, 1, 2, 40], ["terminal", "truncation", "terminal", "both", "terminal"], 3, bool)
+    replay = make_replay(agent, 33, 3, False, gym.spaces.Box(0, 1, (3, 4, 5), bool))
     script.play(replay, 1, lambda e, t: check_batch(script, replay, replay.sample(16), 1) if replay.valid.any() else 0)
     assert replay.full
 
@@ -168,8 +166,8 @@ def test_long_episodes(agent):
 
 
 def test_bytes_of_a_transition(agent):
-    replay = agent.FrameReplay(100_000, (4, 84, 84), np.uint8, 4, 18, 3, 0.99, True, "cpu", np.random.default_rng(0))
-    arrays = [v for v in vars(replay).values() if isinstance(v, np.ndarray)] + replay.priorities.levels
+    replay = make_replay(agent, 100_000, 3, True, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8))
+    arrays = [v for v in vars(replay).values() if isinstance(v, np.ndarray)] + [replay.priorities.leaves]
     assert replay.observations.nbytes == 100_000 * 7_056
     assert sum(a.nbytes for a in arrays) <= 100_000 * (7_056 + 24)
 
@@ -187,13 +185,13 @@ def test_prioritized_sampling_frequencies(qrdqn):
     counts = np.zeros(500)
     for _ in range(draws // 1000):
         batch = replay.sample(1000)
-        np.add.at(counts, batch.indices, 1)
+        np.add.at(counts, batch.rows, 1)
     assert counts[400:].sum() == 0
     counts = counts[:400]
     deviation = np.abs(counts - draws * expected) / np.sqrt(draws * expected + 1)
     assert deviation.max() < 5  # standard errors; stratification only makes it smaller
     # weights: 1 / sqrt(p), divided by the batch's largest
-    priorities = np.sqrt(losses.numpy()[batch.indices].astype(np.float64) + 1e-10)
+    priorities = np.sqrt(losses.numpy()[batch.rows].astype(np.float64) + 1e-10)
     weights = 1 / np.sqrt(priorities + 1e-10)
     np.testing.assert_allclose(batch.weights.numpy(), weights / weights.max(), rtol=1e-5)
 
@@ -203,13 +201,13 @@ def test_sampling_is_stratified(qrdqn):
     script = Script([64], ["terminal"])
     replay = make_replay(qrdqn, 100, 1, True)
     script.play(replay, STACK)
-    assert sorted(replay.sample(64).indices) == list(range(64))
+    assert sorted(replay.sample(64).rows) == list(range(64))
 
 
 def test_new_transitions_get_the_largest_priority_seen(qrdqn):
     script = Script([10, 3], ["terminal", "terminal"])
     replay = make_replay(qrdqn, 50, 1, True)
-    leaves = replay.priorities.levels[0]
+    leaves = replay.priorities.leaves.ravel()  # a view
 
     def after_each(e, t):
         if (e, t) == (0, 9):
@@ -233,20 +231,19 @@ def test_sum_tree_against_cumulative_sums(agent, capacity):
             leaves[i] = value
         tree.set(where, leaves[where])
     total = leaves.sum()
-    assert tree.levels[-1][0] == pytest.approx(total)
+    assert tree.sums.sum() == pytest.approx(total)
     if not total:
         return
-    points = rng.random(500) * total
-    np.testing.assert_array_equal(tree.find(points), np.searchsorted(leaves.cumsum(), points, side="right"))
+    points = rng.random(500)
+    np.testing.assert_array_equal(tree.find(points), np.searchsorted(leaves.cumsum(), points * total, side="right"))
     # the ends of the range, where rounding could step off the last leaf or onto an empty one
-    for point in (0.0, tree.levels[-1][0], math.nextafter(tree.levels[-1][0], 0)):
-        assert leaves[tree.find(np.array([point]))[0]] > 0
+    assert (leaves[tree.find(np.array([0.0, math.nextafter(1, 0), 1.0]))] > 0).all()
 
 
 def test_too_large_a_replay_is_refused_before_it_is_allocated(agent, capsys):
     with pytest.raises(SystemExit) as exit_:
-        agent.FrameReplay(10**12, (4, 84, 84), np.uint8, 4, 6, 1, 0.99, False, "cpu", np.random.default_rng(0))
+        make_replay(agent, 10**12, 1, False, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8))
     error = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert error.count("\n") == 1 and "7,080.0" not in error
-    assert "7080000.0 GB" in error and "--buffer-size" in error
+    assert error.count("\n") == 1
+    assert "7080000.0 GB" in error and "--buffer-size" in error and "GB of memory are free" in error

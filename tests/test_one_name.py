@@ -1,0 +1,119 @@
+"""The agents repeat each other on purpose; these tests keep the copies from drifting apart."""
+
+import ast
+import itertools
+import re
+import tomllib
+
+import pytest
+from conftest import AGENTS, ROOT, load
+from sync import OWN, blocks, replaced, shared
+
+SOURCES = {path.stem: path.read_text() for path in AGENTS}
+GROUPS = ["RunArgs", "EnvironmentArgs", "TrainingArgs", "AlgorithmArgs"]
+
+
+def fields(source):
+    """{flag: (group, type, help)} of an agent's argument classes."""
+    found = {}
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name in GROUPS:
+            for item in node.body:
+                help_text = lines[item.lineno - 1].partition("  # ")[2]
+                found[item.target.id] = (node.name, ast.unparse(item.annotation), help_text)
+    return found
+
+
+def test_one_name_has_one_source_text():
+    for (a, left), (b, right) in itertools.combinations(SOURCES.items(), 2):
+        left, right = shared(left), shared(right)
+        assert len(left.keys() & right.keys()) > 10
+        different = [name for name in left.keys() & right.keys() if left[name] != right[name]]
+        assert not different, f"{different} differ between {a} and {b}: rename, or `make sync`"
+
+
+def test_a_shared_flag_has_one_type_and_one_help_text():
+    for (a, left), (b, right) in itertools.combinations(SOURCES.items(), 2):
+        left, right = fields(left), fields(right)
+        different = [name for name in left.keys() & right.keys() if left[name] != right[name]]
+        assert not different, f"{different} differ between {a} and {b}"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_flag_has_a_help_text_and_is_read(name):
+    tree = ast.parse(SOURCES[name])
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+    flags = fields(SOURCES[name])
+    assert len(flags) > 25
+    assert [flag for flag in flags if not flags[flag][2]] == []
+    assert set(flags) - read == set()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_batch_size_feeds_sampling_and_nothing_else(name):
+    """Else the study is confounded: a batch size must not change a learning rate or an epsilon in passing."""
+    tree = ast.parse(SOURCES[name])
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "batch_size"]
+    sampling = [
+        n.args[0]
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and ast.unparse(n.func) == "replay.sample" and n.args
+    ]
+    assert len(uses) == 1 and uses == sampling
+    assert not re.search(r"[\"']batch_size[\"']", SOURCES[name])
+
+
+def test_sections_stand_in_the_same_order():
+    banners = {name: re.findall(r"^ *# -{20,} (.+)$", source, re.MULTILINE) for name, source in SOURCES.items()}
+    for name, found in banners.items():
+        assert found == banners["dqn"], name
+    assert banners["dqn"][-7:] == ["act", "step", "store", "learn", "target", "log", "checkpoint"]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_heart_is_short_and_the_file_is_one_sitting(name):
+    source = SOURCES[name]
+    heart = re.search(r"^# -+ act, the target, the loss\n(.*?)^# ---", source, re.MULTILINE | re.DOTALL)[1]
+    assert sum(b - a for a, b in blocks(heart).values()) <= 40
+    assert len(ast.get_docstring(ast.parse(source)).splitlines()) <= 20
+    assert not re.search(r"\.squeeze\(\)", source)
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+def test_an_agent_imports_packages_only(path):
+    modules = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in modules if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in modules if isinstance(node, ast.ImportFrom)}
+    local = {p.stem for p in AGENTS} | {"agents", "analysis", "experiments", "benchmarks", "tests"}
+    assert not {name.split(".")[0] for name in names} & local
+
+
+def pins(text):
+    return dict(re.findall(r"^([\w-]+)==([\w.]+)", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_script_metadata_has_the_pins_of_requirements(name):
+    header = re.search(r"^# /// script\n(.*?)^# ///$", SOURCES[name], re.MULTILINE | re.DOTALL)[1]
+    metadata = tomllib.loads("".join(line[2:] for line in header.splitlines(keepends=True)))
+    required = pins((ROOT / "requirements.txt").read_text().partition("# benchmarks")[0])
+    assert pins("\n".join(metadata["dependencies"])) == required
+    assert metadata["requires-python"] == ">=3.11,<3.14"
+
+
+def test_sync_restores_a_copy_that_drifted():
+    source = SOURCES["dqn"]
+    drifted = SOURCES["qrdqn"].replace("def sample(self, batch_size: int)", "def sample(self, batch_size)")
+    assert shared(drifted) != shared(SOURCES["qrdqn"])
+    assert replaced(drifted, source) == SOURCES["qrdqn"]
+
+
+def test_own_names_exist():
+    """The list of exceptions holds nothing that no agent has."""
+    assert set(blocks(SOURCES["dqn"])) >= OWN
+    assert {load(path).AGENT for path in AGENTS} == set(SOURCES)

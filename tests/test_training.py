@@ -1,0 +1,288 @@
+"""Whole training runs, at the smallest size that still proves the point."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import AGENTS, make_args
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def scalars(folder):
+    """{tag: [(step, value), ...]} of a run."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def weights(folder):
+    return torch.load(folder / "model.pt", weights_only=True)["weights"]
+
+
+def run(agent, monkeypatch, **flags):
+    """Train, and return the run's folder, its actions and its losses."""
+    actions, losses = [], []
+    act, backward = agent.act, torch.Tensor.backward
+    monkeypatch.setattr(agent, "act", lambda *a: actions.append(int((chosen := act(*a))[0])) or chosen)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss.item()) or backward(loss))
+    folder = agent.train(make_args(agent, save_model=True, **flags))
+    monkeypatch.undo()
+    return folder, actions, losses
+
+
+def equal(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left.values(), right.values(), strict=True))
+
+
+@pytest.mark.parametrize("prioritized", [False, True], ids=["uniform", "prioritized"])
+def test_the_same_seed_gives_the_same_run(agent, monkeypatch, tmp_path, prioritized):
+    flags = {"total_timesteps": 600, "prioritized": prioritized, "n_step": 3}
+    results = []
+    for seed in (1, 1, 2):
+        monkeypatch.chdir(tmp_path)
+        results.append(run(agent, monkeypatch, seed=seed, **flags))
+    monkeypatch.chdir(tmp_path)
+    (one, actions, losses), (again, actions_again, losses_again), (other, other_actions, other_losses) = results
+    assert len(actions) == 600 and len(losses) == 125  # (600 - 100) / 4 updates
+    assert actions == actions_again and losses == losses_again
+    assert equal(weights(tmp_path / one), weights(tmp_path / again))
+    assert actions != other_actions and losses != other_losses
+    assert not equal(weights(tmp_path / one), weights(tmp_path / other))
+
+
+def test_evaluation_does_not_disturb_training(agent, monkeypatch, tmp_path):
+    plain, *_ = run(agent, monkeypatch, total_timesteps=600)
+    monkeypatch.chdir(tmp_path)
+    evaluated, *_ = run(agent, monkeypatch, total_timesteps=600, eval_frequency=150, eval_episodes=2)
+    assert equal(weights(tmp_path / plain), weights(tmp_path / evaluated))
+    before, after = scalars(tmp_path / plain), scalars(tmp_path / evaluated)
+    assert before["charts/episodic_return"] == after["charts/episodic_return"]
+    assert [step for step, _ in after["eval/episodic_return"]] == [150, 300, 450, 600]
+
+
+def test_batch_size_one_and_updates_at_every_step(agent, monkeypatch):
+    _, _, losses = run(agent, monkeypatch, batch_size=1, train_frequency=1)
+    assert len(losses) == 200 and np.isfinite(losses).all()
+
+
+def test_the_loss_falls_on_a_fixed_batch(agent):
+    """Learning does what it is for: on one batch, a hundred updates take the loss to a tenth."""
+    args = make_args(agent)
+    envs = agent.make_env(args)
+    space, actions = envs.single_observation_space, int(envs.single_action_space.n)
+    replay = agent.FrameReplay(space, actions, args, torch.device("cpu"), np.random.default_rng(0))
+    obs, rng = agent.reset(envs, 1, 0, 0), np.random.default_rng(0)
+    for game in range(1, 30):
+        done = False
+        while not done:
+            chosen = rng.integers(actions, size=1)
+            next_obs, rewards, terminations, truncations, _ = envs.step(chosen)
+            replay.add(obs, next_obs, chosen, rewards + 1, terminations, truncations)
+            obs, done = next_obs, terminations[0] or truncations[0]
+        obs = agent.reset(envs, 1, 0, game)
+    network = (agent.QNetwork if agent.AGENT == "dqn" else agent.QuantileNetwork)(space.shape, actions, args)
+    target, loss = (
+        (agent.td_target, agent.td_loss) if agent.AGENT == "dqn" else (agent.quantile_target, agent.quantile_loss)
+    )
+    batch, frozen = replay.sample(8), copy.deepcopy(network)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    values = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        value = loss(network, batch, target(frozen, batch))[0].mean()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < 0.1 * values[0]
+
+
+class Scripted(gym.Env):
+    """Frames count the game and the step; games of 5, 9, ... steps end by termination, every third by truncation."""
+
+    observation_space = gym.spaces.Box(0, 1, (4, 10, 10), bool)
+    action_space = gym.spaces.Discrete(3)
+    game = type("Game", (), {"last_action": 0})()
+    episode = -1
+
+    def frame(self):
+        frame = np.zeros((4, 10, 10), bool)
+        frame.ravel()[:20] = [(self.episode + 1) >> i & 1 for i in range(10)] + [
+            (self.t + 1) >> i & 1 for i in range(10)
+        ]
+        return frame
+
+    def reset(self, seed=None, options=None):
+        self.episode, self.t = self.episode + 1, 0
+        return self.frame(), {}
+
+    def step(self, action):
+        self.t += 1
+        done = self.t == 5 + 4 * (self.episode % 4)
+        return self.frame(), float(self.t), done and self.episode % 3 > 0, done and self.episode % 3 == 0, {}
+
+
+def test_the_loop_stores_every_step_once_and_no_autoreset_step(agent, monkeypatch):
+    """gymnasium's vector environments would spend a step on the reset; it must never enter the replay."""
+    monkeypatch.setattr(agent, "make_env", lambda args: gym.vector.SyncVectorEnv([Scripted]))
+    stored = []
+    add = agent.FrameReplay.add
+
+    def record(self, obs, next_obs, actions, rewards, terminations, truncations):
+        stored.append([obs[0].copy(), next_obs[0].copy(), rewards[0], bool(terminations[0]), bool(truncations[0])])
+        add(self, obs, next_obs, actions, rewards, terminations, truncations)
+
+    monkeypatch.setattr(agent.FrameReplay, "add", record)
+    folder = agent.train(make_args(agent, total_timesteps=200))
+
+    def number(obs, first):
+        return int(obs.ravel()[first : first + 10].astype(int) @ 2 ** np.arange(10)) - 1
+
+    assert len(stored) == 200
+    episode, t, lengths = 0, 0, []
+    for obs, next_obs, reward, terminated, truncated in stored:
+        assert (number(obs, 0), number(obs, 10)) == (episode, t)
+        assert (number(next_obs, 0), number(next_obs, 10)) == (episode, t + 1)
+        assert reward == 1  # clipped: the game pays 1, 2, 3, ...
+        t += 1
+        done = t == 5 + 4 * (episode % 4)
+        assert (terminated, truncated) == (done and episode % 3 > 0, done and episode % 3 == 0)
+        if done:
+            lengths.append(t)
+            episode, t = episode + 1, 0
+    logged = scalars(folder)
+    assert [value for _, value in logged["charts/episodic_length"]] == lengths
+    assert [value for _, value in logged["charts/episodic_return"]] == [n * (n + 1) / 2 for n in lengths]  # unclipped
+    assert [step for step, _ in logged["charts/episodic_return"]] == list(np.cumsum(lengths))
+
+
+def test_schedules(agent, monkeypatch):
+    """Epsilon, the first update, and the steps at which the target is copied."""
+    epsilons, copies, syncs = [], [], []
+    act, load_state_dict = agent.act, torch.nn.Module.load_state_dict
+    monkeypatch.setattr(agent, "act", lambda *a: epsilons.append(a[2]) or act(*a))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "load_state_dict",
+        lambda self, state: syncs.append(len(epsilons)) or load_state_dict(self, state),
+    )
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: copies.append(len(epsilons)))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    agent.train(make_args(agent, total_timesteps=400, exploration_steps=200, end_e=0.2))
+    assert epsilons[:100] == [1.0] * 100
+    assert epsilons[199] == pytest.approx(1 - 0.8 * 100 / 200)
+    assert epsilons[299:] == pytest.approx([0.2] * 101)
+    assert copies == list(range(104, 401, 4))
+    assert syncs == [150, 200, 250, 300, 350, 400]
+
+
+def test_the_run_folder(agent, monkeypatch):
+    folder = agent.train(make_args(agent, total_timesteps=1_000, eval_episodes=2, save_model=True, capture_video=True))
+    assert folder.parent == Path("runs")
+    assert folder.name.startswith(f"MinAtar-Breakout-v1__{agent.AGENT}__1__")
+    record = json.loads((folder / "args.json").read_text())
+    assert record["agent"] == agent.AGENT
+    assert record["args"] == vars(
+        make_args(agent, total_timesteps=1_000, eval_episodes=2, save_model=True, capture_video=True)
+    )
+    assert record["packages"]["torch"] == torch.__version__
+    assert record["frames_per_step"] == 1 and record["device"] == "cpu"
+    tags = {"charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/SPS"}
+    assert set(scalars(folder)) == tags | {"losses/td_loss", "losses/q_values", "eval/episodic_return"}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tensors = events.Tags()["tensors"]
+    assert {"hyperparameters/text_summary", "environment/text_summary"} <= set(tensors)
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    video = (folder / "videos" / "step-1000.mp4").read_bytes()
+    assert video[4:8] == b"ftyp" and len(video) > 1_000
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_playing_a_checkpoint_repeats_the_evaluation(agent, capsys):
+    """Game, network and algorithm come from the checkpoint, so the final evaluation can be played again."""
+    folder = agent.train(make_args(agent, env_id="MinAtar/Asterix-v1", eval_episodes=3, save_model=True, n_step=2))
+    mean = scalars(folder)["eval/episodic_return"][-1][1]
+    capsys.readouterr()
+    checkpoint = str(folder / "model.pt")
+    agent.train(agent.Args(eval_only=True, checkpoint=checkpoint, eval_episodes=3, cuda=False))
+    out = capsys.readouterr().out
+    assert out.startswith(f"MinAtar/Asterix-v1: mean return {mean:.2f} of 3 games: [")
+    assert len(list(Path("runs").iterdir())) == 1  # playing leaves no run behind
+
+
+def test_video_shows_the_evaluated_game_in_the_real_emulators_frames(dqn, monkeypatch):
+    """The filmed emulator, given the same seed and actions, stands where the evaluated one stood at every step."""
+    args = make_args(dqn, env_id="ALE/Pong-v5", capture_video=True, eval_episodes=1, max_episode_steps=40)
+    frames = []
+
+    class Writer:
+        def send(self, image):
+            if image is not None:
+                frames.append(image)
+
+        def close(self):
+            pass
+
+    import imageio_ffmpeg
+
+    monkeypatch.setattr(imageio_ffmpeg, "write_frames", lambda *a, **k: Writer())
+    rng = np.random.default_rng(0)
+    game = [rng.integers(6, size=1) for _ in range(40)]
+    dqn.film(Path("videos/x.mp4"), args, 3, game)
+    assert len(frames) == 160 and frames[0].shape == (420, 320, 3)
+    # the same game through the agent's own preprocessing: grey is a known mix of red, green and blue
+    import cv2
+
+    envs = dqn.make_env(args)
+    dqn.reset(envs, args.seed, 3, 0)
+    for step in range(39):
+        obs = envs.step(game[step])[0]
+        pair = [cv2.cvtColor(frames[4 * step + k][::2, ::2], cv2.COLOR_RGB2GRAY) for k in (3, 4)]
+        grey = cv2.resize(np.maximum(*pair), (84, 84), interpolation=cv2.INTER_AREA)
+        assert np.abs(grey.astype(int) - obs[0, 3].astype(int)).mean() < 1.5
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+def test_a_file_copied_alone_trains_on_pong(path, tmp_path):
+    """The file imports nothing of this repository: in an empty folder it learns from real Pong."""
+    shutil.copy(path, tmp_path)
+    command = [sys.executable, "-I", path.name, "--env-id", "ALE/Pong-v5", "--total-timesteps", "300"]
+    command += ["--learning-starts", "200", "--buffer-size", "1000", "--eval-episodes", "0", "--no-cuda"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    folder = lines[0].removeprefix("run folder: ").split(" (")[0]
+    assert lines[-1] == f"run folder: {folder}"
+    assert lines[1].startswith("step 300, ") and "steps/s" in lines[1] and "epsilon" in lines[1]
+    record = json.loads((tmp_path / folder / "args.json").read_text())
+    assert record["frames_per_step"] == 4 and record["git_commit"] is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("prioritized", [False, True], ids=["uniform", "prioritized"])
+def test_training_on_cuda(agent, prioritized):
+    folder = agent.train(make_args(agent, cuda=True, total_timesteps=2_000, prioritized=prioritized, eval_episodes=1))
+    assert np.isfinite([value for _, value in scalars(folder)["losses/td_loss"]]).all()
+    assert json.loads((folder / "args.json").read_text())["device"] != "cpu"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(agent, monkeypatch, capsys):
+    """A reward of 1e30 overflows the square or the sum: the run must say so, not go on with broken weights."""
+    monkeypatch.setattr(agent.np, "clip", lambda rewards, low, high: np.asarray(rewards) + np.inf)
+    with pytest.raises(SystemExit) as exit_:
+        agent.train(make_args(agent, total_timesteps=2_000))
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "step 1,000" in error and "runs/" in error
