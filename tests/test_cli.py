@@ -141,7 +141,7 @@ def test_the_flags_in_the_readme_exist():
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)", text))
     assert named > {"batch-size", "env-id", "n-step"}
-    other = {"version", "logdir", "requirement"}  # of pip, tensorboard and the like
+    other = {"help", "logdir", "requirement"}  # of tyro, tensorboard and pip
     assert {flag.removeprefix("no-") for flag in named} - known - other == set()
 
 
