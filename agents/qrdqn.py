@@ -7,16 +7,16 @@
 
 Dabney et al., "Distributional reinforcement learning with quantile regression", AAAI 2018.
 Read after dqn.py; differs in (1) the head: quantiles for every action, (2) the target: the quantiles of the next greedy
-action, (3) the loss: quantile Huber, without importance weights, (4) defaults: 3-step, prioritized, Adam's constants.
+action, (3) the loss: quantile Huber, without importance weights, (4) defaults, Adam's constants among them.
 Departs from the paper as Dopamine (Castro et al., 2018) and "Small batch deep reinforcement learning" (Obando-Ceron
-et al., 2023) do: Adam, no clipping of the loss, sticky actions, game over as the only terminal, SAME padding. Two parts
-of Rainbow (Hessel et al., 2018) can be switched on and off: --n-step returns and --prioritized replay.
+et al., 2023) do: 3-step returns, prioritized replay, sticky actions, game over as the only terminal, SAME padding.
 
 Full scale, 100 million frames as in the study:
   python agents/qrdqn.py --batch-size 8 --env-id ALE/Pong-v5
-A minute on a CPU:
+A minute on a CPU (the whole MinAtar run has 500000 steps):
   python agents/qrdqn.py --batch-size 8 --env-id MinAtar/Breakout-v1 --total-timesteps 40000 --learning-starts 1000 \
-    --learning-rate 2.5e-4 --adam-eps 3.125e-4 --buffer-size 100000 --target-network-frequency 1000
+    --target-network-frequency 1000 --exploration-steps 100000 --learning-rate 2.5e-4 --adam-eps 3.125e-4 \
+    --buffer-size 100000
 """
 
 import copy
@@ -44,12 +44,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.wrappers import TransformObservation
 from stable_baselines3.common.buffers import ReplayBuffer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 AGENT = "qrdqn"
+PACKAGES = ["torch", "gymnasium", "ale-py", "MinAtar", "stable_baselines3", "numpy"]  # that can change results
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -59,12 +59,12 @@ class RunArgs:
     seed: int = 1  # seed of every random generator
     cuda: bool = True  # use a CUDA device where there is one
     track: bool = False  # mirror the logs to Weights & Biases (pip install wandb; WANDB_PROJECT names the project)
-    save_model: bool = False  # keep the weights as model.pt in the run folder
+    save_model: bool = False  # keep the weights as model.pt in the run folder, before each evaluation
     eval_episodes: int = 10  # full games in each evaluation (0: no evaluation)
     eval_frequency: int = 0  # agent steps between evaluations during training (0: evaluate only after it)
     eval_epsilon: float = 0.001  # share of random actions in evaluation, 0 to 1
     capture_video: bool = False  # write an MP4 of the first game of each evaluation
-    eval_only: bool = False  # play the weights of --checkpoint, with its flags for all but this group
+    eval_only: bool = False  # play the weights in --checkpoint; of the flags, only this group's are not read from there
     checkpoint: str | None = None  # file that --save-model wrote, to play with --eval-only
 
 
@@ -72,7 +72,7 @@ class RunArgs:
 class EnvironmentArgs:
     env_id: str = "ALE/Pong-v5"  # game: any ALE/<Game>-v5 or MinAtar/<Game>-v1
     sticky_actions: float = 0.25  # probability that a frame repeats the previous action (ALE; MinAtar has its own 0.1)
-    noop_max: int = 0  # most random no-op frames at the start of a game (ALE)
+    noop_max: int = 0  # random no-op frames at the start of a game, fewer than this; 0 for none (ALE)
     frame_skip: int = 4  # emulator frames per agent step (ALE; MinAtar has 1)
     max_episode_steps: int = 27_000  # agent steps after which a game is truncated
 
@@ -98,7 +98,7 @@ class TrainingArgs:
 class AlgorithmArgs:
     n_step: int = 3  # agent steps of reward in a return before it bootstraps
     prioritized: bool = True  # sample transitions in proportion to their priority
-    num_quantiles: int = 200  # quantiles of the return of each action
+    n_quantiles: int = 200  # quantiles of the return of each action
 
 
 @dataclass
@@ -123,19 +123,16 @@ def check_args(args: Args) -> None:
     """Refuse what cannot work before anything is allocated or written."""
     may_be_zero = ["seed", "eval_episodes", "eval_frequency", "noop_max", "exploration_steps"]
     for name, value in asdict(args).items():
-        low = 0 if isinstance(value, float) or name in may_be_zero else 1
-        high = 1 if isinstance(value, float) else math.inf
-        if isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:
-            limit = f"at least {low}" if high == math.inf else "from 0 to 1"
-            fail(f"--{name.replace('_', '-')} is {value}, and must be {limit}.")
+        low, high = (0, 1) if type(value) is float else (int(name not in may_be_zero), 2**31 - 1)
+        if type(value) in (int, float) and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} is {value}, and must be from {low} to {high}.")
     if args.n_step > min(args.learning_starts, args.max_episode_steps):
         fail(f"--n-step {args.n_step} is more than --learning-starts or --max-episode-steps leave room for: lower it.")
     if args.eval_only != (args.checkpoint is not None) or (args.eval_only and not args.eval_episodes):
         fail("--eval-only, --checkpoint FILE and at least one of --eval-episodes go together.")
-    optional = {"wandb": args.track, "imageio_ffmpeg": args.capture_video, "minatar": "MinAtar/" in args.env_id}
-    for package, needed in optional.items():
-        if needed and not importlib.util.find_spec(package):
-            fail(f"these flags need the package {package}, which is not installed: pip install {package}")
+    needed = {"wandb": args.track, "imageio_ffmpeg": args.capture_video, "minatar": "MinAtar/" in args.env_id}
+    for package in [name for name, asked in needed.items() if asked and not importlib.util.find_spec(name)]:
+        fail(f"these flags need the package {package}, which is not installed: pip install {package}")
 
 
 # -------------------------------------------------------------------------------------------------------- environment
@@ -150,30 +147,31 @@ def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
     games = {name.split("/")[1].lower(): name for name in gym.registry if re.match("ALE/.*-v5|MinAtar/.*-v1", name)}
     if args.env_id not in games.values():
         near = difflib.get_close_matches(args.env_id.split("/")[-1].lower(), games, cutoff=0.4) or ["pong-v5"]
-        names = ", ".join(games[name] for name in near)
-        fail(f"{args.env_id!r} is no ALE or MinAtar game, whose actions are discrete: try {names}.")
+        near = " or ".join(games[name] for name in near)
+        fail(f"{args.env_id!r} is no game of ALE or MinAtar with discrete actions: try {near}.")
     if args.env_id.startswith("MinAtar/"):
-        kwargs = {"max_episode_steps": args.max_episode_steps, "disable_env_checker": True, "render_mode": "rgb_array"}
-        env = gym.make(args.env_id, **kwargs)
+        rules = {"max_episode_steps": args.max_episode_steps, "sticky_action_prob": 0.1, "difficulty_ramping": True}
+        env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array", **rules)
         space = gym.spaces.Box(0, 1, np.roll(env.observation_space.shape, 1), bool)  # channels first
-        return gym.vector.SyncVectorEnv([lambda: TransformObservation(env, lambda obs: obs.transpose(2, 0, 1), space)])
-    chance = {"repeat_action_probability": args.sticky_actions, "noop_max": args.noop_max}
-    length = {"frameskip": args.frame_skip, "max_num_frames_per_episode": args.frame_skip * args.max_episode_steps}
+        env = gym.wrappers.TransformObservation(env, lambda obs: obs.transpose(2, 0, 1), space)
+        return gym.vector.SyncVectorEnv([lambda: env])
+    frames = min(args.frame_skip * args.max_episode_steps, 2**31 - 1)
+    length = {"frameskip": args.frame_skip, "max_num_frames_per_episode": frames, "noop_max": args.noop_max}
     picture = {"maxpool": True, "grayscale": True, "img_height": 84, "img_width": 84, "stack_num": 4}
-    rules = {"use_fire_reset": False, "episodic_life": False, "reward_clipping": False, "full_action_space": False}
-    kwargs = {"num_envs": 1, "num_threads": 1, **chance, **length, **picture, **rules, **overrides}
+    lives = {"episodic_life": False, "life_loss_info": False, "use_fire_reset": False, "reward_clipping": False}
+    actions = {"full_action_space": False, "continuous": False, "repeat_action_probability": args.sticky_actions}
+    kwargs = {"num_envs": 1, "num_threads": 1, **length, **picture, **lives, **actions, **overrides}
     try:
         return gym.make_vec(args.env_id, vectorization_mode="vector_entry_point", **kwargs)
     except (gym.error.Error, OSError, AssertionError, RuntimeError) as error:
-        fail(f"the game {args.env_id} is not installed: {str(error).splitlines()[0]}")
+        fail(f"the game {args.env_id} is not installed or could not be started: {' '.join(str(error).split())}")
 
 
 def reset(envs: gym.vector.VectorEnv, seed: int, stream: int, game: int) -> np.ndarray:
-    """Start the game that the run's seed, the stream (0: training) and the game's number determine: its first obs."""
+    """Start the game that seed, stream (0: training) and number determine; return its first observation."""
     if isinstance(envs, gym.vector.SyncVectorEnv):
         envs.envs[0].unwrapped.game.last_action = 0  # MinAtar's sticky action would outlive the game before
-    game_seed = np.random.SeedSequence([seed, stream, game]).generate_state(1)[0] >> 1  # below 2**31
-    return envs.reset(seed=int(game_seed))[0]
+    return envs.reset(seed=int(np.random.SeedSequence([seed, stream, game]).generate_state(1)[0] >> 1))[0]  # int32
 
 
 # ------------------------------------------------------------------------------------------------------------- replay
@@ -188,10 +186,7 @@ class Batch(NamedTuple):
 
 
 class SumTree:
-    """Priorities that are drawn in proportion to their value (Schaul et al., 2016, appendix B.2.1).
-
-    The tree has two levels, sqrt(capacity) sums over as many leaves each: few NumPy calls serve a whole batch.
-    """
+    """Priorities and their sums in two levels of sqrt(capacity), so that few NumPy calls serve a whole batch."""
 
     def __init__(self, capacity: int):
         self.width = math.ceil(math.sqrt(capacity))
@@ -215,26 +210,24 @@ class SumTree:
 class FrameReplay(ReplayBuffer):
     """SB3's replay with each frame stored once; stacks and n-step returns are built when sampling.
 
-    A row holds s_t's newest frame, a_t, r_t and whether s_{t+1} is terminal. The newest frame of s_{t+1} goes to the
-    row after: the next step overwrites it with the same, but after a truncation it stays. A row is valid, that is, can
-    be sampled, from when its n steps are complete, or the episode terminated within them, until its frames are
-    overwritten; a row whose n steps would cross a truncation never is.
+    A row holds s_t's newest frame, a_t, r_t and whether s_{t+1} is terminal; s_{t+1}'s newest frame goes to the next
+    row, where the next step finds it, and stays after a truncation. A row can be sampled (`valid`) once its n steps are
+    complete or the episode terminated in them, never across a truncation, until its frames are overwritten.
     """
 
     def __init__(self, obs_space: gym.spaces.Box, num_actions: int, args: Args, device, rng: np.random.Generator):
         self.stack = 1 if obs_space.dtype == bool else obs_space.shape[0]  # MinAtar's channels are one frame
         frame = gym.spaces.Box(0, 1, (obs_space.shape[0] // self.stack, *obs_space.shape[1:]), obs_space.dtype)
-        row_bytes = math.prod(frame.shape) * frame.dtype.itemsize + 24  # all else takes 16
+        row_bytes = math.prod(frame.shape) * frame.dtype.itemsize + 24  # 16 are in use
         gigabytes, free = args.buffer_size * row_bytes / 1e9, psutil.virtual_memory().available / 1e9
-        if gigabytes > free:
+        if gigabytes > 0.9 * free:
             advice = f"lower --buffer-size, {args.buffer_size:,}, to {int(0.9e9 * free / row_bytes):,}."
             fail(f"the replay takes {gigabytes:.1f} GB and {free:.1f} GB of memory are free: {advice}")
         if args.buffer_size < (least := 2 * (self.stack + args.n_step + 2)):
             fail(f"--buffer-size {args.buffer_size} is too small for --n-step {args.n_step}: make it at least {least}.")
         space = gym.spaces.Discrete(num_actions)
         super().__init__(args.buffer_size, frame, space, device, 1, True, handle_timeout_termination=False)
-        self.actions = np.zeros(args.buffer_size, np.uint8)
-        self.rewards = np.zeros(args.buffer_size, np.float32)
+        self.actions, self.rewards = np.zeros(args.buffer_size, np.uint8), np.zeros(args.buffer_size, np.float32)
         self.dones = np.zeros(args.buffer_size, bool)  # terminations; truncations leave no mark but invalid rows
         self.age = np.zeros(args.buffer_size, np.uint8)  # steps since the episode's first, at most 255
         self.valid = np.zeros(args.buffer_size, bool)
@@ -244,22 +237,16 @@ class FrameReplay(ReplayBuffer):
     def add(self, obs, next_obs, actions, rewards, terminations, truncations) -> None:
         """Store a step; every argument has a leading axis of one environment."""
         row, channels = self.pos, self.observations.shape[2]
-        overwritten = np.arange(self.stack + 1)  # rows whose stacks lose a frame, as steps ahead
-        self.set_valid((row + overwritten) % self.buffer_size, False)
+        self.set_valid((row + np.arange(self.stack + 1)) % self.buffer_size, False)  # their stacks lose a frame
         self.observations[row, 0] = obs[0, -channels:]
         self.observations[(row + 1) % self.buffer_size, 0] = next_obs[0, -channels:]
         self.actions[row], self.rewards[row], self.dones[row] = actions[0], rewards[0], terminations[0]
         self.age[row] = min(self.episode_steps, 255)
-        self.episode_steps += 1
-        complete = np.arange(self.n_step)[: self.episode_steps]  # rows whose windows end here, as steps back
-        if not terminations[0]:
-            complete = complete[self.n_step - 1 :]
-        self.set_valid((row - complete) % self.buffer_size, True)
-        if terminations[0] or truncations[0]:
-            self.episode_steps = 0
-        rows = 1 if terminations[0] or not truncations[0] else 2
-        self.full = self.full or row + rows >= self.buffer_size
-        self.pos = (row + rows) % self.buffer_size
+        complete = np.arange(0 if terminations[0] else self.n_step - 1, min(self.n_step, self.episode_steps + 1))
+        self.set_valid((row - complete) % self.buffer_size, True)  # the rows whose windows this step completes
+        self.episode_steps = 0 if terminations[0] or truncations[0] else self.episode_steps + 1
+        end = row + (2 if truncations[0] and not terminations[0] else 1)
+        self.full, self.pos = self.full or end >= self.buffer_size, end % self.buffer_size
 
     def set_valid(self, rows: np.ndarray, valid: bool) -> None:
         """Let `rows` (k,) be sampled, at first with the largest priority seen so far, or no longer."""
@@ -270,9 +257,8 @@ class FrameReplay(ReplayBuffer):
     def sample(self, batch_size: int) -> Batch:
         """Draw transitions with replacement: uniformly, or in proportion to their priorities."""
         if self.priorities:
-            rows = self.priorities.find(
-                (np.arange(batch_size) + self.rng.random(batch_size)) / batch_size
-            )  # stratified
+            shares = (np.arange(batch_size) + self.rng.random(batch_size)) / batch_size  # stratified
+            rows = self.priorities.find(shares)
             weights = 1 / np.sqrt(self.priorities.leaves.flat[rows] + 1e-10)
             return self._get_samples(rows, weights / weights.max())
         rows = self.rng.integers(self.size(), size=batch_size)
@@ -282,9 +268,8 @@ class FrameReplay(ReplayBuffer):
 
     def _get_samples(self, rows: np.ndarray, weights: np.ndarray) -> Batch:
         window = (rows[:, None] + np.arange(self.n_step)) % self.buffer_size  # (batch, n)
-        alive = np.cumprod(~self.dones[window], axis=1)  # after each step
-        counts = np.hstack([np.ones_like(alive[:, :1]), alive[:, :-1]])  # rewards up to the terminal step's
-        rewards = (self.rewards[window] * counts * self.gamma ** np.arange(self.n_step)).sum(axis=1)
+        alive = np.cumprod(np.insert(~self.dones[window], 0, True, axis=1), axis=1)  # (batch, n + 1), before each step
+        rewards = (self.rewards[window] * alive[:, :-1] * self.gamma ** np.arange(self.n_step)).sum(axis=1)
         age = self.age[rows].astype(np.int64)
         obs = self._get_stacks(rows, age)
         next_obs = self._get_stacks(rows + self.n_step, np.where(alive[:, -1], age + self.n_step, -1))
@@ -307,23 +292,16 @@ class FrameReplay(ReplayBuffer):
 
 
 # ------------------------------------------------------------------------------------------------------------ network
-class Pixels(nn.Module):
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return obs.float() / 255 if obs.dtype == torch.uint8 else obs.float()  # MinAtar's are 0 and 1
-
-
 def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequential, int, int]:
     """Return the convolutions, the length of their flattened output, and the width of the dense layer on top."""
     if obs_shape[1:] == (10, 10):  # MinAtar: Young and Tian, 2019
         layers, width = [nn.Conv2d(obs_shape[0], 16, 3), nn.ReLU()], 128
     else:
-        same = [(2, 2, 2, 2), (1, 2, 1, 2), (1, 1, 1, 1)]  # left, right, top, bottom: 84 -> 21 -> 11 -> 11
-        pads, width = {"dopamine": same, "nature": [(0, 0, 0, 0)] * 3}[network], 512  # nature: 84 -> 20 -> 9 -> 7
-        convs = [nn.Conv2d(obs_shape[0], 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
-        layers = [
-            layer for pad, conv in zip(pads, convs, strict=True) for layer in (nn.ZeroPad2d(pad), conv, nn.ReLU())
-        ]
-    convolutions = nn.Sequential(Pixels(), *layers, nn.Flatten())
+        same, width = network == "dopamine", 512  # 84 -> 21 -> 11 -> 11; nature: 84 -> 20 -> 9 -> 7
+        layers = [nn.Conv2d(obs_shape[0], 32, 8, 4, padding=2 * same), nn.ReLU()]
+        layers += [nn.ZeroPad2d((1, 2, 1, 2) if same else 0), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
+        layers += [nn.Conv2d(64, 64, 3, 1, padding=1 * same), nn.ReLU()]
+    convolutions = nn.Sequential(*layers, nn.Flatten())
     return convolutions, convolutions(torch.zeros(1, *obs_shape)).shape[1], width
 
 
@@ -342,15 +320,12 @@ class QuantileNetwork(nn.Module):
         super().__init__()
         self.convolutions, size, width = make_convolutions(obs_shape, args.network)
         self.dense = nn.Linear(size, width)
-        self.head = nn.Sequential(
-            nn.Linear(width, num_actions * args.num_quantiles), nn.Unflatten(1, (num_actions, -1))
-        )
-        uniform_init(
-            self, lambda fan_in, _: math.sqrt(math.sqrt(3) / fan_in), args.seed
-        )  # variance 1 / (sqrt(3) fan_in)
+        self.head = nn.Sequential(nn.Linear(width, num_actions * args.n_quantiles), nn.Unflatten(1, (num_actions, -1)))
+        uniform_init(self, lambda fan_in, _: (3**0.5 / fan_in) ** 0.5, args.seed)  # variance 1 / (sqrt(3) fan_in)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.head(F.relu(self.dense(self.convolutions(obs))))  # (batch, actions, quantiles)
+        x = obs / 255 if obs.dtype == torch.uint8 else obs.float()  # MinAtar's are 0 and 1
+        return self.head(F.relu(self.dense(self.convolutions(x))))  # (batch, actions, quantiles)
 
     def q_values(self, obs: torch.Tensor) -> torch.Tensor:
         return self(obs).mean(dim=2)  # (batch, actions)
@@ -370,12 +345,12 @@ def quantile_target(target_network: nn.Module, batch: Batch) -> torch.Tensor:
     """Return r + gamma theta_j(s', a*), (batch, quantiles), a* greedy: Dabney et al., 2018, algorithm 1."""
     theta = target_network(batch.next_obs)  # (batch, actions, quantiles)
     best = theta.mean(dim=2).argmax(dim=1)
-    return batch.rewards[:, None] + batch.discounts[:, None] * theta[torch.arange(len(best)), best]
+    return batch.rewards[:, None] + batch.discounts[:, None] * theta.take_along_dim(best[:, None, None], 1)[:, 0]
 
 
 def quantile_loss(q_network: nn.Module, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the quantile Huber loss (eq. 10, kappa 1) of every transition and Q of the actions, both (batch,)."""
-    theta = q_network(batch.obs)[torch.arange(len(targets)), batch.actions]  # (batch, quantiles)
+    theta = q_network(batch.obs).take_along_dim(batch.actions[:, None, None], 1)[:, 0]  # (batch, quantiles)
     tau = (torch.arange(theta.shape[1], device=theta.device)[:, None] + 0.5) / theta.shape[1]  # midpoints, lemma 2
     theta_i, target_j = torch.broadcast_tensors(theta[:, :, None], targets[:, None, :])  # (batch, i, j)
     huber = F.huber_loss(theta_i, target_j, reduction="none")  # eq. 9
@@ -384,7 +359,7 @@ def quantile_loss(q_network: nn.Module, batch: Batch, targets: torch.Tensor) -> 
 
 
 # ------------------------------------------------------------------------------------------- evaluation and checkpoints
-def evaluate(q_network: nn.Module, args: Args, device, stream: int, video: Path | None) -> np.ndarray:
+def evaluate(q_network: nn.Module, args: Args, device, stream: int, video: Path) -> np.ndarray:
     """Play games seeded by `stream` (at least 1) and return their raw returns (eval_episodes,); film the first."""
     envs, rng = make_env(args), np.random.default_rng([args.seed, stream])
     returns, first_game = np.zeros(args.eval_episodes), []
@@ -395,24 +370,22 @@ def evaluate(q_network: nn.Module, args: Args, device, stream: int, video: Path 
             actions = act(q_network, obs, args.eval_epsilon, envs.single_action_space.n, rng, device)
             obs, rewards, terminations, truncations, _ = envs.step(actions)
             returns[episode] += rewards[0]
-            if episode == 0:
-                first_game.append(actions)
+            first_game += [actions] if episode == 0 else []
     envs.close()
-    if video:
+    tqdm.write(f"evaluation at step {stream - 1:,}: mean return {returns.mean():.2f} of {returns.tolist()}")
+    if args.capture_video:
         film(video, args, stream, first_game)
     return returns
 
 
 def film(path: Path, args: Args, stream: int, game: list[np.ndarray]) -> None:
     """Play the actions of a game once more, in an emulator that shows every frame in colour, and write an MP4."""
-    import imageio_ffmpeg
-
     envs = make_env(args, frameskip=1, maxpool=False, grayscale=False, stack_num=1, img_height=210, img_width=160)
     obs = reset(envs, args.seed, stream, 0)
     minatar = args.env_id.startswith("MinAtar/")
     size, scale, fps = ((160, 160), 16, 10) if minatar else ((320, 420), 2, 60)
     path.parent.mkdir(exist_ok=True)
-    mp4 = imageio_ffmpeg.write_frames(str(path), size, fps=fps, macro_block_size=2)
+    mp4 = importlib.import_module("imageio_ffmpeg").write_frames(str(path), size, fps=fps, macro_block_size=2)
     mp4.send(None)
     for actions in game:
         for _ in range(1 if minatar else args.frame_skip):
@@ -423,24 +396,28 @@ def film(path: Path, args: Args, stream: int, game: list[np.ndarray]) -> None:
                 break
     mp4.close()
     envs.close()
+    tqdm.write(f"video: {path}")
 
 
 def save_checkpoint(path: Path, q_network: nn.Module, args: Args, global_step: int) -> None:
-    """Write weights and flags aside, then rename, so that a file under this name is always whole."""
+    """Write weights and flags aside, sync, then rename: a file under this name is always whole."""
     state = {"agent": AGENT, "args": asdict(args), "global_step": global_step, "weights": q_network.state_dict()}
-    torch.save(state, path.with_suffix(".tmp"))
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_checkpoint(args: Args) -> tuple[Args, int, dict]:
-    """Read --checkpoint; return its flags, but the run group of `args`, its step and its weights."""
+    """Return the flags in --checkpoint (those of the run group stay `args`'), its step and its weights."""
     try:
         state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
         agent, step, weights = state["agent"], state["global_step"], state["weights"]
         if agent != AGENT:
             fail(f"{args.checkpoint} is a checkpoint of {agent}, not of {AGENT}: play it with agents/{agent}.py.")
-        mine = {field.name for field in fields(RunArgs)}
-        return replace(args, **{key: flag for key, flag in state["args"].items() if key not in mine}), step, weights
+        mine = {field.name: getattr(args, field.name) for field in fields(RunArgs)}
+        return replace(args, **state["args"] | mine), step, weights
     except OSError as error:
         fail(f"{args.checkpoint} could not be read: {error.strerror}.")
     except Exception:  # torch.load has a dozen ways to say that a file is damaged or foreign
@@ -448,7 +425,7 @@ def load_checkpoint(args: Args) -> tuple[Args, int, dict]:
 
 
 # ------------------------------------------------------------------------------------------------------------- training
-def make_run_folder(args: Args, device, envs: gym.vector.VectorEnv) -> tuple[Path, SummaryWriter]:
+def make_run_folder(args: Args, device) -> tuple[Path, SummaryWriter]:
     """Make a new run folder that holds args.json and a TensorBoard log with the same facts."""
     name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder, here = Path("runs") / name, Path(__file__).resolve().parent
@@ -456,13 +433,11 @@ def make_run_folder(args: Args, device, envs: gym.vector.VectorEnv) -> tuple[Pat
     record = {
         "agent": AGENT,
         "args": asdict(args),
-        "observations": str(envs.single_observation_space),
-        "actions": int(envs.single_action_space.n),
         "frames_per_step": 1 if args.env_id.startswith("MinAtar/") else args.frame_skip,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
-        "packages": {package.name: package.version for package in importlib.metadata.distributions()},
+        "packages": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES},
         "git_commit": git.stdout.strip() or None,
     }
     try:
@@ -471,53 +446,46 @@ def make_run_folder(args: Args, device, envs: gym.vector.VectorEnv) -> tuple[Pat
     except OSError as error:
         fail(f"the run folder {folder} could not be made: {error.strerror}.")
     if args.track:
-        options = {"name": folder.name, "dir": str(folder), "config": asdict(args), "sync_tensorboard": True}
-        importlib.import_module("wandb").init(**options)
+        wandb_run = {"name": folder.name, "dir": str(folder), "config": asdict(args), "sync_tensorboard": True}
+        importlib.import_module("wandb").init(**wandb_run)
     writer = SummaryWriter(str(folder))
-    for title in ["hyperparameters", "environment"]:
-        table = record["args"] if title == "hyperparameters" else {key: record[key] for key in record if key != "args"}
+    for title, table in {"hyperparameters": record.pop("args"), "environment": record}.items():
         writer.add_text(title, "|name|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in table.items()))
-    values = {key: str(value) if value is None else value for key, value in asdict(args).items()}
-    for summary in torch.utils.tensorboard.summary.hparams(
-        values, {"charts/episodic_return": 0, "eval/episodic_return": 0}
-    ):
+    metrics = {"charts/episodic_return": 0, "eval/episodic_return": 0}
+    for summary in torch.utils.tensorboard.summary.hparams(asdict(args) | {"checkpoint": ""}, metrics):
         writer.file_writer.add_summary(summary)
     return folder, writer
 
 
-def train(args: Args) -> Path | None:
-    """Train, evaluate and return the run folder; with --eval-only just play."""
+def train(args: Args) -> Path | np.ndarray:
+    """Train, evaluate and return the run folder; with --eval-only just play, and return the returns."""
     check_args(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.eval_only:
         args, global_step, weights = load_checkpoint(args)
+        check_args(args)
     envs = make_env(args)
     obs_space, num_actions = envs.single_observation_space, int(envs.single_action_space.n)
     q_network = QuantileNetwork(obs_space.shape, num_actions, args).to(device)
     if args.eval_only:
         q_network.load_state_dict(weights)
-        video = (
-            Path(args.checkpoint).with_suffix(f".{datetime.now():%Y%m%d-%H%M%S}.mp4") if args.capture_video else None
-        )
-        returns = evaluate(q_network, args, device, 1 + global_step, video)
-        return print(f"{args.env_id}: mean return {returns.mean():.2f} of {len(returns)} games: {returns.tolist()}")
+        video = Path(args.checkpoint).with_suffix(f".{datetime.now():%Y%m%d-%H%M%S}.mp4")
+        return evaluate(q_network, args, device, 1 + global_step, video)
 
     target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
     replay = FrameReplay(obs_space, num_actions, args, device, np.random.default_rng([args.seed, 0, 1]))
     rng = np.random.default_rng([args.seed, 0, 0])  # of exploration
-    folder, writer = make_run_folder(args, device, envs)
+    folder, writer = make_run_folder(args, device)
     print(f"run folder: {folder} ({device})", flush=True)
     bar = tqdm(total=args.total_timesteps, unit=" steps", dynamic_ncols=True, disable=not sys.stderr.isatty())
     start = last_line = time.monotonic()
-    losses = None
-    episode, episodic_return, episodic_length, last_return = 0, 0.0, 0, math.nan
+    episode, episodic_return, episodic_length, last_return, losses = 0, 0.0, 0, math.nan, None
     obs = reset(envs, args.seed, 0, episode)
-
     for global_step in range(1, args.total_timesteps + 1):
         # ------------------------------------------------------------------------------------------------------ act
-        decay = [args.learning_starts, args.learning_starts + args.exploration_steps]
-        epsilon = float(np.interp(global_step, decay, [args.start_e, args.end_e]))
+        decay = (global_step - args.learning_starts) / max(args.exploration_steps, 1)
+        epsilon = args.start_e + (args.end_e - args.start_e) * min(max(decay, 0.0), 1.0)
         actions = act(q_network, obs, epsilon, num_actions, rng, device)
         # ----------------------------------------------------------------------------------------------------- step
         next_obs, rewards, terminations, truncations, _ = envs.step(actions)
@@ -546,33 +514,31 @@ def train(args: Args) -> Path | None:
         if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
             target_network.load_state_dict(q_network.state_dict())
         # ------------------------------------------------------------------------------------------------------ log
+        last = global_step == args.total_timesteps
         status = f"return {last_return:.1f}, epsilon {epsilon:.3f}"
         bar.set_postfix_str(status, refresh=False)
         bar.update()
-        if bar.disable and (time.monotonic() - last_line > 30 or global_step == args.total_timesteps):
+        if bar.disable and (time.monotonic() - last_line > 30 or last):
             last_line = time.monotonic()  # output is no terminal: a plain line now and then
-            speed = global_step / (last_line - start)
-            left = tqdm.format_interval((args.total_timesteps - global_step) / speed)
-            print(f"step {global_step:,}, {speed:.0f} steps/s, {left} left, {status}", flush=True)
-        if global_step % 1_000 == 0:
+            meter = {"elapsed": last_line - start, "ncols": 0, "unit": " steps", "postfix": status}
+            print(tqdm.format_meter(global_step, args.total_timesteps, **meter), flush=True)
+        if global_step % 1_000 == 0 or last:
             writer.add_scalar("charts/epsilon", epsilon, global_step)
             writer.add_scalar("charts/SPS", global_step / (time.monotonic() - start), global_step)
             if losses is not None:
                 writer.add_scalar("losses/td_loss", loss.item(), global_step)
                 writer.add_scalar("losses/q_values", q_values.mean().item(), global_step)
                 if not math.isfinite(loss.item()):
+                    bar.close()
                     writer.close()
                     fail(f"the loss is {loss.item()} at step {global_step:,}: the run in {folder} is stopped.")
-        last = global_step == args.total_timesteps
-        if args.eval_episodes and (last or (args.eval_frequency and global_step % args.eval_frequency == 0)):
-            video = folder / "videos" / f"step-{global_step}.mp4" if args.capture_video else None
-            returns = evaluate(q_network, args, device, 1 + global_step, video)
-            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-            tqdm.write(f"evaluation at step {global_step:,}: mean return {returns.mean():.2f} of {len(returns)} games")
         # ----------------------------------------------------------------------------------------------- checkpoint
-        if last and args.save_model:
+        evaluating = last or (args.eval_frequency and global_step % args.eval_frequency == 0)
+        if evaluating and args.save_model:
             save_checkpoint(folder / "model.pt", q_network, args, global_step)
-
+        if evaluating and args.eval_episodes:
+            returns = evaluate(q_network, args, device, 1 + global_step, folder / "videos" / f"step-{global_step}.mp4")
+            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
     bar.close()
     writer.close()
     envs.close()

@@ -39,18 +39,20 @@ def refused(agent, monkeypatch, capsys, tmp_path, *flags):
         (["--env-id", "breakout"], ["ALE/Breakout-v5", "MinAtar/Breakout-v1"]),
         (["--env-id", "PongNoFrameskip-v4"], ["ALE/Pong-v5"]),
         (["--env-id", "MinAtar/Asterisk-v1"], ["MinAtar/Asterix-v1"]),
-        (["--env-id", "Pendulum-v1"], ["'Pendulum-v1'", "discrete"]),
+        (["--env-id", "Pendulum-v1"], ["'Pendulum-v1'", "discrete actions"]),
         (["--env-id", "HalfCheetah-v5"], ["'HalfCheetah-v5'", "discrete"]),
         (["--env-id", ""], ["''"]),
-        (["--buffer-size", "1000000000000"], ["GB", "free", "--buffer-size"]),
+        (["--buffer-size", "2000000000"], ["GB", "free", "--buffer-size"]),
         (["--buffer-size", "5"], ["--buffer-size", "at least"]),
-        (["--n-step", "0"], ["--n-step is 0", "at least 1"]),
+        (["--n-step", "0"], ["--n-step is 0", "from 1 to"]),
         (["--n-step", "30000", "--learning-starts", "40000"], ["--n-step 30000"]),
-        (["--batch-size", "0"], ["--batch-size is 0", "at least 1"]),
+        (["--batch-size", "0"], ["--batch-size is 0", "from 1 to"]),
         (["--batch-size", "-8"], ["--batch-size is -8"]),
         (["--learning-rate", "nan"], ["--learning-rate is nan", "from 0 to 1"]),
         (["--end-e", "1.5"], ["--end-e is 1.5"]),
         (["--seed", "-1"], ["--seed is -1"]),
+        (["--seed", "18446744073709551616"], ["--seed is 18446744073709551616"]),
+        (["--noop-max", "3000000000"], ["--noop-max is 3000000000"]),
         (["--eval-only"], ["--checkpoint"]),
         (["--checkpoint", "model.pt"], ["--eval-only"]),
         (["--eval-only", "--checkpoint", "missing.pt"], ["missing.pt", "No such file"]),
@@ -89,6 +91,7 @@ def test_a_package_that_is_not_installed(agent, monkeypatch, capsys, tmp_path, p
         (b"not a checkpoint", "damaged"),
         ({"agent": "c51", "args": {}, "global_step": 1, "weights": {}}, "a checkpoint of c51"),
         ({"weights": {}}, "damaged"),
+        ({"agent": None, "args": {"batch_size": 0}, "global_step": 1, "weights": {}}, "--batch-size is 0"),
         ({"agent": None, "args": {"no_such_flag": 1}, "global_step": 1, "weights": {}}, "damaged"),
     ],
 )
@@ -100,7 +103,7 @@ def test_a_wrong_checkpoint(agent, monkeypatch, capsys, tmp_path, content, words
     else:
         path.write_bytes(content)
     error = refused(agent, monkeypatch, capsys, tmp_path, "--eval-only", "--checkpoint", "model.pt")
-    assert "model.pt" in error and words in error
+    assert words in error
 
 
 class Payload:

@@ -29,7 +29,7 @@ def test_atari_networks(agent, name):
     parameters = sum(p.numel() for p in network.parameters())
     assert parameters == BODY[name] + (512 + 1) * 6 * quantiles
     obs = torch.randint(0, 256, (5, *ALE), dtype=torch.uint8)
-    sizes, x = [], obs
+    sizes, x = [], obs / 255
     for layer in network.convolutions:
         x = layer(x)
         if isinstance(layer, torch.nn.Conv2d):
@@ -59,13 +59,16 @@ def test_same_padding_against_its_definition(agent):
         x = F.conv2d(torch.tensor(x, dtype=torch.float64), conv.weight.double(), conv.bias.double(), stride)
         x = x.clamp(min=0).detach().numpy()
     assert x.shape == (2, 64, 11, 11)
-    np.testing.assert_allclose(network.convolutions(obs).detach().numpy(), x.reshape(2, -1), atol=1e-5)
+    np.testing.assert_allclose(network.convolutions(obs / 255).detach().numpy(), x.reshape(2, -1), atol=1e-5)
 
 
 def test_pixels_are_scaled_and_booleans_are_not(agent):
-    pixels = make_network(agent).convolutions[0]
-    assert pixels(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0, 0.2, 1])
-    assert pixels(torch.tensor([False, True])).tolist() == [0, 1]
+    seen = []
+    for shape, high in ((ALE, 255), (MINATAR, 1)):
+        network = make_network(agent, shape)
+        network.convolutions.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        network(torch.full((1, *shape), high, dtype=torch.uint8 if high == 255 else torch.bool))
+    assert all(x.dtype == torch.float32 and (x == 1).all() for x in seen) and len(seen) == 2
 
 
 def test_initialisation(agent):

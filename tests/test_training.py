@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -218,7 +219,7 @@ def test_playing_a_checkpoint_repeats_the_evaluation(agent, capsys):
     checkpoint = str(folder / "model.pt")
     agent.train(agent.Args(eval_only=True, checkpoint=checkpoint, eval_episodes=3, cuda=False))
     out = capsys.readouterr().out
-    assert out.startswith(f"MinAtar/Asterix-v1: mean return {mean:.2f} of 3 games: [")
+    assert out.startswith(f"evaluation at step 300: mean return {mean:.2f} of [")
     assert len(list(Path("runs").iterdir())) == 1  # playing leaves no run behind
 
 
@@ -265,7 +266,7 @@ def test_a_file_copied_alone_trains_on_pong(path, tmp_path):
     lines = done.stdout.splitlines()
     folder = lines[0].removeprefix("run folder: ").split(" (")[0]
     assert lines[-1] == f"run folder: {folder}"
-    assert lines[1].startswith("step 300, ") and "steps/s" in lines[1] and "epsilon" in lines[1]
+    assert re.search(r"300/300 .*steps/s, return .*, epsilon 1.000", lines[-2])  # a plain line: output is no terminal
     record = json.loads((tmp_path / folder / "args.json").read_text())
     assert record["frames_per_step"] == 4 and record["git_commit"] is None
 
@@ -286,3 +287,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(agent, monkeypatch, capsys):
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert "step 1,000" in error and "runs/" in error
+
+
+def test_a_game_without_a_cap_starts(dqn):
+    """ALE counts frames in 32 bits: more agent steps than that must not overflow."""
+    envs = dqn.make_env(make_args(dqn, env_id="ALE/Pong-v5", max_episode_steps=2**31 - 1))
+    assert not dqn.reset(envs, 1, 0, 0)[0, :3].any()
+    assert not envs.step(np.array([0]))[3][0]
+
+
+def test_weights_are_kept_before_an_evaluation_that_fails(agent, monkeypatch):
+    """A run of days must not lose its weights to a failing evaluation or film."""
+
+    def fails(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(agent, "evaluate", fails)
+    with pytest.raises(OSError, match="no space"):
+        agent.train(make_args(agent, save_model=True, eval_episodes=1))
+    assert len(list(Path("runs").glob("*/model.pt"))) == 1
