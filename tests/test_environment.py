@@ -64,6 +64,18 @@ def test_a_game_depends_on_its_seed_alone(agent, env_id):
     assert not all(same(first, play(agent, envs, seed, 7, actions)) for seed in range(2, 10))
 
 
+def test_a_sticky_action_does_not_outlive_its_game(agent):
+    """MinAtar repeats the previous action with probability 0.1, also at a game's first step: which must be none."""
+    envs = agent.make_env(make_args(agent, env_id="MinAtar/Breakout-v1"))
+    for game in range(60):
+        firsts = []
+        for before in (1, 2):
+            agent.reset(envs, 1, 0, 1_000)
+            envs.step(np.array([before]))
+            firsts.append(play(agent, envs, 1, game, [0]))
+        assert same(*firsts)
+
+
 def test_sticky_actions_are_on_by_default(dqn):
     default = dqn.make_env(make_args(dqn, env_id="ALE/Pong-v5"))
     off = dqn.make_env(make_args(dqn, env_id="ALE/Pong-v5", sticky_actions=0.0))
