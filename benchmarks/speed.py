@@ -38,14 +38,13 @@ def ours(agent: str, batch_size: int, args: Args) -> float:
     sys.path.insert(0, str(AGENTS))
     module = __import__(agent)
     begun = []
-    bar = module.tqdm
 
-    def start(*positional, **keywords):  # the progress bar is made right before the first step
-        begun.append(time.perf_counter())
-        return bar(*positional, **keywords)
+    class Bar(module.tqdm):  # the progress bar is made right before the first step
+        def __init__(self, *positional, **keywords):
+            begun.append(time.perf_counter())
+            super().__init__(*positional, **keywords)
 
-    start.format_interval = bar.format_interval
-    module.tqdm = start
+    module.tqdm = Bar
     module.train(
         module.Args(
             total_timesteps=RANDOM_STEPS + args.steps,
