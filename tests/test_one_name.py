@@ -1,6 +1,7 @@
 """The agents repeat each other on purpose; these tests keep the copies from drifting apart."""
 
 import ast
+import difflib
 import itertools
 import re
 import tomllib
@@ -82,6 +83,12 @@ def test_the_heart_is_short_and_the_file_is_one_sitting(name):
     assert sum(b - a for a, b in blocks(heart).values()) <= 40
     assert len(ast.get_docstring(ast.parse(source)).splitlines()) <= 20
     assert not re.search(r"\.squeeze\(\)", source)
+    assert len(source.splitlines()) <= 550
+
+
+def test_the_difference_between_dqn_and_qrdqn_is_a_lesson():
+    lines = difflib.ndiff(SOURCES["dqn"].splitlines(), SOURCES["qrdqn"].splitlines())
+    assert sum(line[:2] in ("- ", "+ ") for line in lines) <= 60
 
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
