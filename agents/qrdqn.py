@@ -128,8 +128,8 @@ def check_args(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} is {value}, and must be from {low} to {high}.")
     if args.n_step > min(args.learning_starts, args.max_episode_steps):
         fail(f"--n-step {args.n_step} is more than --learning-starts or --max-episode-steps leave room for: lower it.")
-    if args.eval_only != (args.checkpoint is not None) or (args.eval_only and not args.eval_episodes):
-        fail("--eval-only, --checkpoint FILE and at least one of --eval-episodes go together.")
+    if args.eval_only != (args.checkpoint is not None) or args.eval_episodes < (args.eval_only or args.capture_video):
+        fail("--eval-only goes with --checkpoint FILE, and like --capture-video with at least 1 of --eval-episodes.")
     needed = {"wandb": args.track, "imageio_ffmpeg": args.capture_video, "minatar": "MinAtar/" in args.env_id}
     for package in [name for name, asked in needed.items() if asked and not importlib.util.find_spec(name)]:
         fail(f"these flags need the package {package}, which is not installed: pip install {package}")

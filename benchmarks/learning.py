@@ -3,8 +3,8 @@
     python benchmarks/learning.py --jobs 2
 
 starts the runs that are not yet in runs/ (a run that was cut off is started afresh), waits for them, and prints a table
-with random play for comparison. The settings are protocol's for MinAtar: Dopamine's learning rate, Adam epsilon, replay
-and periods, and epsilon to 0.01 over 100,000 steps.
+with random play for comparison. The settings are Dopamine's for MinAtar (learning rate, Adam epsilon, replay, periods),
+with epsilon to 0.01 over 100,000 steps.
 """
 
 import json
@@ -78,7 +78,7 @@ def run(args: Args, wanted: dict) -> None:
     args.runs.mkdir(exist_ok=True)
     print(" ".join(command), flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=args.runs.parent, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=args.runs.parent, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 def random_play(env_id: str, games: int = 1_000) -> np.ndarray:

@@ -55,6 +55,8 @@ def refused(agent, monkeypatch, capsys, tmp_path, *flags):
         (["--noop-max", "3000000000"], ["--noop-max is 3000000000"]),
         (["--eval-only"], ["--checkpoint"]),
         (["--checkpoint", "model.pt"], ["--eval-only"]),
+        (["--capture-video", "--eval-episodes", "0"], ["--capture-video", "--eval-episodes"]),
+        (["--eval-only", "--checkpoint", "model.pt", "--eval-episodes", "0"], ["--eval-only", "--eval-episodes"]),
         (["--eval-only", "--checkpoint", "missing.pt"], ["missing.pt", "No such file"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The environment against gymnasium's own preprocessing, and the facts of the protocol on the real emulator."""
+"""The environment against gymnasium's own preprocessing, and the rules of the game on the real emulator."""
 
 import ale_py
 import gymnasium as gym
