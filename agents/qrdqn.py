@@ -3,13 +3,12 @@
 # dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "ale-py==0.12.1", "minatar==1.0.15", "stable-baselines3==2.9.2",
 #   "tyro==1.0.17", "numpy==2.4.6", "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2", "imageio-ffmpeg==0.8.1"]
 # ///
-"""QR-DQN: learn the distribution of the return as 200 quantiles of it, by quantile regression; act on their mean.
+"""QR-DQN (Dabney et al., AAAI 2018): learn 200 quantiles of the return by quantile regression, and act on their mean.
 
-Dabney et al., "Distributional reinforcement learning with quantile regression", AAAI 2018.
-Read after dqn.py; differs in (1) the head: quantiles for every action, (2) the target: the quantiles of the next greedy
-action, (3) the loss: quantile Huber, without importance weights, (4) defaults, Adam's constants among them.
+Read dqn.py first; the others say how they differ from one another.
+Differs from dqn.py in (1) the head, (2) the loss, quantile Huber without importance weights, (3) the target.
 Departs from the paper as Dopamine (Castro et al., 2018) and "Small batch deep reinforcement learning" (Obando-Ceron
-et al., 2023) do: 3-step returns, prioritized replay, sticky actions, game over as the only terminal, SAME padding.
+et al., 2023) do: Adam, sticky actions, game over as the only terminal, SAME padding, the defaults of the flags.
 
 Full scale, 100 million frames as in the study:
   python agents/qrdqn.py --batch-size 8 --env-id ALE/Pong-v5
@@ -26,11 +25,9 @@ import importlib.util
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -42,7 +39,6 @@ import numpy as np
 import psutil
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from stable_baselines3.common.buffers import ReplayBuffer
 from torch.utils.tensorboard import SummaryWriter
@@ -50,6 +46,7 @@ from tqdm import tqdm
 
 AGENT = "qrdqn"
 PACKAGES = ["torch", "gymnasium", "ale-py", "MinAtar", "stable_baselines3", "numpy"]  # that can change results
+LIMITS = {"target_noise_std": (0, 1e6), "v_min": (-1e6, 0), "v_max": (1e-3, 1e6), "n_atoms": (2, 1000)}  # min, max
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -59,6 +56,7 @@ class RunArgs:
     seed: int = 1  # seed of every random generator
     cuda: bool = True  # use a CUDA device where there is one
     track: bool = False  # mirror the logs to Weights & Biases (pip install wandb; WANDB_PROJECT names the project)
+    diagnostics_frequency: int = 10_000  # agent steps between reports on the network, under diagnostics/ (0: none)
     save_model: bool = False  # keep the weights as model.pt in the run folder, before each evaluation
     eval_episodes: int = 10  # full games in each evaluation (0: no evaluation)
     eval_frequency: int = 0  # agent steps between evaluations during training (0: evaluate only after it)
@@ -91,7 +89,7 @@ class TrainingArgs:
     start_e: float = 1.0  # share of random actions until learning starts, 0 to 1
     end_e: float = 0.01  # share of random actions after the decay, 0 to 1
     exploration_steps: int = 250_000  # agent steps of the linear decay of epsilon, once learning has started
-    network: Literal["dopamine", "nature"] = "dopamine"  # convolutions with SAME padding or none (ALE; MinAtar has one)
+    network: Literal["dopamine", "nature", "dopamine-x4", "impala"] = "dopamine"  # convolutions (ALE; MinAtar has one)
 
 
 @dataclass
@@ -99,6 +97,8 @@ class AlgorithmArgs:
     n_step: int = 3  # agent steps of reward in a return before it bootstraps
     prioritized: bool = True  # sample transitions in proportion to their priority
     n_quantiles: int = 200  # quantiles of the return of each action
+    batch_divisor: int = 1  # updates per sampled batch, each on a part of it
+    target_noise_std: float = 0.0  # standard deviation of Gaussian noise on each transition's target
 
 
 @dataclass
@@ -120,14 +120,14 @@ def fail(message: str) -> NoReturn:
 
 
 def check_args(args: Args) -> None:
-    """Refuse what cannot work before anything is allocated or written."""
-    may_be_zero = ["seed", "eval_episodes", "eval_frequency", "noop_max", "exploration_steps"]
+    """Refuse what cannot work before anything is allocated or written. LIMITS has the flags of special range."""
+    may_be_zero = ["seed", "eval_episodes", "eval_frequency", "diagnostics_frequency", "noop_max", "exploration_steps"]
     for name, value in asdict(args).items():
-        low, high = (0, 1) if type(value) is float else (int(name not in may_be_zero), 2**31 - 1)
+        low, high = LIMITS.get(name, (0, 1) if type(value) is float else (int(name not in may_be_zero), 2**31 - 1))
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} is {value}, and must be from {low} to {high}.")
-    if args.n_step > min(args.learning_starts, args.max_episode_steps):
-        fail(f"--n-step {args.n_step} is more than --learning-starts or --max-episode-steps leave room for: lower it.")
+    if args.n_step > (most := min(args.learning_starts, args.max_episode_steps, args.buffer_size // 2 - 6)):
+        fail(f"--n-step is at most {most} with these --learning-starts, --max-episode-steps and --buffer-size.")
     if args.eval_only != (args.checkpoint is not None) or args.eval_episodes < (args.eval_only or args.capture_video):
         fail("--eval-only goes with --checkpoint FILE, and like --capture-video with at least 1 of --eval-episodes.")
     needed = {"wandb": args.track, "imageio_ffmpeg": args.capture_video, "minatar": "MinAtar/" in args.env_id}
@@ -144,11 +144,10 @@ def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
     gym.register_envs(ale_py)
     if importlib.util.find_spec("minatar") and "MinAtar/Breakout-v1" not in gym.registry:
         importlib.import_module("minatar.gym").register_envs()
-    games = {name.split("/")[1].lower(): name for name in gym.registry if re.match("ALE/.*-v5|MinAtar/.*-v1", name)}
+    games = {name[name.find("/") + 1 :].lower(): name for name in gym.registry if name.startswith(("ALE/", "MinAtar/"))}
     if args.env_id not in games.values():
         near = difflib.get_close_matches(args.env_id.split("/")[-1].lower(), games, cutoff=0.4) or ["pong-v5"]
-        near = " or ".join(games[name] for name in near)
-        fail(f"{args.env_id!r} is no game of ALE or MinAtar with discrete actions: try {near}.")
+        fail(f"{args.env_id!r} is no discrete game of ALE or MinAtar: try {' or '.join(games[name] for name in near)}.")
     if args.env_id.startswith("MinAtar/"):
         rules = {"max_episode_steps": args.max_episode_steps, "sticky_action_prob": 0.1, "difficulty_ramping": True}
         env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array", **rules)
@@ -185,97 +184,75 @@ class Batch(NamedTuple):
     rows: np.ndarray  # (batch,) in the replay
 
 
-class SumTree:
-    """Priorities and their sums in two levels of sqrt(capacity), so that few NumPy calls serve a whole batch."""
-
-    def __init__(self, capacity: int):
-        self.width = math.ceil(math.sqrt(capacity))
-        self.leaves, self.sums = np.zeros((self.width, self.width)), np.zeros(self.width)
-
-    def set(self, rows: np.ndarray, priorities: np.ndarray | float) -> None:
-        self.leaves.flat[rows] = priorities
-        self.sums[rows // self.width] = self.leaves[rows // self.width].sum(axis=1)
-
-    def find(self, shares: np.ndarray) -> np.ndarray:
-        """Return the rows (k,) in whose slices of the total the `shares` (k,) of it, from 0 to 1, lie."""
-        ends = self.sums.cumsum()
-        points = shares * ends[-1]
-        blocks = np.minimum(np.searchsorted(ends, points, "right"), np.searchsorted(ends, ends[-1]))
-        inner = self.leaves[blocks].cumsum(axis=1)  # (k, width)
-        rest = (points - np.append(0, ends)[blocks])[:, None]
-        leaves = np.minimum((inner <= rest).sum(axis=1), (inner < inner[:, -1:]).sum(axis=1))
-        return blocks * self.width + leaves  # both minima keep rounding from leading past the last priority
-
-
 class FrameReplay(ReplayBuffer):
     """SB3's replay with each frame stored once; stacks and n-step returns are built when sampling.
 
     A row holds s_t's newest frame, a_t, r_t and whether s_{t+1} is terminal; s_{t+1}'s newest frame goes to the next
-    row, where the next step finds it, and stays after a truncation. A row can be sampled (`valid`) once its n steps are
-    complete or the episode terminated in them, never across a truncation, until its frames are overwritten.
+    row, where the next step finds it, and stays after a truncation. A row has a priority (is sampled) once its n steps
+    are complete or the episode terminated in them, never across a truncation, until its frames are overwritten.
     """
 
     def __init__(self, obs_space: gym.spaces.Box, num_actions: int, args: Args, device, rng: np.random.Generator):
         self.stack = 1 if obs_space.dtype == bool else obs_space.shape[0]  # MinAtar's channels are one frame
         frame = gym.spaces.Box(0, 1, (obs_space.shape[0] // self.stack, *obs_space.shape[1:]), obs_space.dtype)
-        row_bytes = math.prod(frame.shape) * frame.dtype.itemsize + 24  # 16 are in use
+        row_bytes = math.prod(frame.shape) * frame.dtype.itemsize + 24  # 22 are in use
         gigabytes, free = args.buffer_size * row_bytes / 1e9, psutil.virtual_memory().available / 1e9
         if gigabytes > 0.9 * free:
-            advice = f"lower --buffer-size, {args.buffer_size:,}, to {int(0.9e9 * free / row_bytes):,}."
-            fail(f"the replay takes {gigabytes:.1f} GB and {free:.1f} GB of memory are free: {advice}")
-        if args.buffer_size < (least := 2 * (self.stack + args.n_step + 2)):
-            fail(f"--buffer-size {args.buffer_size} is too small for --n-step {args.n_step}: make it at least {least}.")
-        space = gym.spaces.Discrete(num_actions)
-        super().__init__(args.buffer_size, frame, space, device, 1, True, handle_timeout_termination=False)
+            most = f"lower --buffer-size to {int(0.9e9 * free / row_bytes):,}."
+            fail(f"the replay takes {gigabytes:.1f} GB and {free:.1f} GB of memory are free: {most}")
+        super().__init__(args.buffer_size, frame, gym.spaces.Discrete(num_actions), device, 1, True, False)
         self.actions, self.rewards = np.zeros(args.buffer_size, np.uint8), np.zeros(args.buffer_size, np.float32)
-        self.dones = np.zeros(args.buffer_size, bool)  # terminations; truncations leave no mark but invalid rows
-        self.age = np.zeros(args.buffer_size, np.uint8)  # steps since the episode's first, at most 255
-        self.valid = np.zeros(args.buffer_size, bool)
-        self.priorities, self.max_priority = SumTree(args.buffer_size) if args.prioritized else None, 1.0
-        self.timeouts, self.episode_steps, self.n_step, self.gamma, self.rng = None, 0, args.n_step, args.gamma, rng
+        self.dones = np.zeros(args.buffer_size, bool)  # terminations; truncations leave no mark but zero priorities
+        self.age = np.zeros(args.buffer_size, np.int32)  # steps since the episode's first
+        self.episode_steps, self.max_priority, self.width = 0, 1.0, math.ceil(math.sqrt(args.buffer_size))
+        self.priorities = np.zeros((self.width, self.width))  # in the rows' order; 0 or 1 without --prioritized
+        self.sums = np.zeros(self.width)  # of each row of priorities: a sum tree of two levels
+        self.prioritized, self.n_step, self.gamma, self.rng = args.prioritized, args.n_step, args.gamma, rng
 
     def add(self, obs, next_obs, actions, rewards, terminations, truncations) -> None:
         """Store a step; every argument has a leading axis of one environment."""
         row, channels = self.pos, self.observations.shape[2]
-        self.set_valid((row + np.arange(self.stack + 1)) % self.buffer_size, False)  # their stacks lose a frame
+        self.set_priorities((row + np.arange(self.stack + 1)) % self.buffer_size, 0)  # their stacks lose a frame
         self.observations[row, 0] = obs[0, -channels:]
         self.observations[(row + 1) % self.buffer_size, 0] = next_obs[0, -channels:]
         self.actions[row], self.rewards[row], self.dones[row] = actions[0], rewards[0], terminations[0]
-        self.age[row] = min(self.episode_steps, 255)
+        self.age[row] = self.episode_steps
         complete = np.arange(0 if terminations[0] else self.n_step - 1, min(self.n_step, self.episode_steps + 1))
-        self.set_valid((row - complete) % self.buffer_size, True)  # the rows whose windows this step completes
+        self.set_priorities((row - complete) % self.buffer_size, self.max_priority)  # whose windows this step completes
         self.episode_steps = 0 if terminations[0] or truncations[0] else self.episode_steps + 1
         end = row + (2 if truncations[0] and not terminations[0] else 1)
         self.full, self.pos = self.full or end >= self.buffer_size, end % self.buffer_size
 
-    def set_valid(self, rows: np.ndarray, valid: bool) -> None:
-        """Let `rows` (k,) be sampled, at first with the largest priority seen so far, or no longer."""
-        if self.priorities and (valid or self.valid[rows].any()):
-            self.priorities.set(rows, self.max_priority if valid else 0)
-        self.valid[rows] = valid
+    def set_priorities(self, rows: np.ndarray, priorities: np.ndarray | float) -> None:
+        """Set the priorities of `rows` (k,), and their sums; a row of priority 0 is never sampled."""
+        self.priorities.flat[rows] = priorities
+        self.sums[rows // self.width] = self.priorities[rows // self.width].sum(axis=1)
 
     def sample(self, batch_size: int) -> Batch:
-        """Draw transitions with replacement: uniformly, or in proportion to their priorities."""
-        if self.priorities:
-            shares = (np.arange(batch_size) + self.rng.random(batch_size)) / batch_size  # stratified
-            rows = self.priorities.find(shares)
-            weights = 1 / np.sqrt(self.priorities.leaves.flat[rows] + 1e-10)
-            return self._get_samples(rows, weights / weights.max())
-        rows = self.rng.integers(self.size(), size=batch_size)
-        while not self.valid[rows].all():
-            rows = np.where(self.valid[rows], rows, self.rng.integers(self.size(), size=batch_size))
-        return self._get_samples(rows, np.ones(batch_size))
+        """Draw transitions with replacement: in proportion to their priorities, stratified, or uniformly."""
+        shares = self.rng.random(batch_size)
+        rows = self.find((np.arange(batch_size) + shares) / batch_size if self.prioritized else shares)
+        weights = 1 / np.sqrt(self.priorities.flat[rows] + 1e-10)
+        return self._get_samples(rows, weights / weights.max())
+
+    def find(self, shares: np.ndarray) -> np.ndarray:
+        """Return the rows (k,) in whose slices of the priorities' total the `shares` (k,) of it, from 0 to 1, lie."""
+        ends = self.sums.cumsum()
+        points = shares * ends[-1]
+        blocks = np.minimum(np.searchsorted(ends, points, "right"), np.searchsorted(ends, ends[-1]))
+        inner = self.priorities[blocks].cumsum(axis=1)  # (k, width)
+        rest = (points - np.append(0, ends)[blocks])[:, None]
+        places = np.minimum((inner <= rest).sum(axis=1), (inner < inner[:, -1:]).sum(axis=1))
+        return blocks * self.width + places  # both minima keep rounding from leading past the last priority
 
     def _get_samples(self, rows: np.ndarray, weights: np.ndarray) -> Batch:
         window = (rows[:, None] + np.arange(self.n_step)) % self.buffer_size  # (batch, n)
         alive = np.cumprod(np.insert(~self.dones[window], 0, True, axis=1), axis=1)  # (batch, n + 1), before each step
         rewards = (self.rewards[window] * alive[:, :-1] * self.gamma ** np.arange(self.n_step)).sum(axis=1)
-        age = self.age[rows].astype(np.int64)
-        obs = self._get_stacks(rows, age)
-        next_obs = self._get_stacks(rows + self.n_step, np.where(alive[:, -1], age + self.n_step, -1))
+        next_obs = self._get_stacks(rows + self.n_step, np.where(alive[:, -1], self.age[rows] + self.n_step, -1))
+        obs, next_obs = [self.to_torch(x, False) for x in (self._get_stacks(rows, self.age[rows]), next_obs)]
         floats = [self.to_torch(x).float() for x in (rewards, self.gamma**self.n_step * alive[:, -1], weights)]
-        actions = self.to_torch(self.actions[rows]).long()
-        return Batch(self.to_torch(obs, False), actions, self.to_torch(next_obs, False), *floats, rows)
+        return Batch(obs, self.to_torch(self.actions[rows]).long(), next_obs, *floats, rows)
 
     def _get_stacks(self, rows: np.ndarray, age: np.ndarray) -> np.ndarray:
         """Gather the observations at `rows` (batch,), with zeros for the frames that are older than the episode."""
@@ -287,47 +264,57 @@ class FrameReplay(ReplayBuffer):
     def update_priorities(self, rows: np.ndarray, losses: torch.Tensor) -> None:
         """Set the priorities of the sampled `rows` (batch,) to sqrt(loss + 1e-10)."""
         priorities = np.sqrt(losses.detach().cpu().numpy() + 1e-10)
-        self.priorities.set(rows, priorities)
+        self.set_priorities(rows, priorities)
         self.max_priority = max(self.max_priority, float(priorities.max()))
+
+    def probe(self, rng: np.random.Generator) -> torch.Tensor:
+        """Draw 256 observations that can be sampled, with replacement, uniformly whatever their priorities."""
+        rows = rng.choice(np.flatnonzero(self.priorities), 256)
+        return self.to_torch(self._get_stacks(rows, self.age[rows]), False)
 
 
 # ------------------------------------------------------------------------------------------------------------ network
+class Residual(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+
 def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequential, int, int]:
     """Return the convolutions, the length of their flattened output, and the width of the dense layer on top."""
+    inputs, layers, width = obs_shape[0], [], 512
     if obs_shape[1:] == (10, 10):  # MinAtar: Young and Tian, 2019
-        layers, width = [nn.Conv2d(obs_shape[0], 16, 3), nn.ReLU()], 128
+        layers, width = [nn.Conv2d(inputs, 16, 3)], 128
+    elif network == "impala":  # Espeholt et al., 2018, figure 3: 84 -> 42 -> 21 -> 11
+        for channels, padding in [(16, 0), (32, 0), (32, 1)]:  # as SAME pads 84, 42 and 21
+            layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.MaxPool2d(3, 2, padding, ceil_mode=True)]
+            convs = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(4)]
+            layers += [Residual(nn.ReLU(), convs[i], nn.ReLU(), convs[i + 1]) for i in (0, 2)]
+            inputs = channels
     else:
-        same, width = network == "dopamine", 512  # 84 -> 21 -> 11 -> 11; nature: 84 -> 20 -> 9 -> 7
-        layers = [nn.Conv2d(obs_shape[0], 32, 8, 4, padding=2 * same), nn.ReLU()]
-        layers += [nn.ZeroPad2d((1, 2, 1, 2) if same else 0), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
-        layers += [nn.Conv2d(64, 64, 3, 1, padding=1 * same), nn.ReLU()]
-    convolutions = nn.Sequential(*layers, nn.Flatten())
+        same, wide = network != "nature", 4 if network == "dopamine-x4" else 1  # 84 -> 21 -> 11 -> 11 or 20 -> 9 -> 7
+        layers = [nn.Conv2d(inputs, 32 * wide, 8, 4, padding=2 * same), nn.ReLU()]
+        layers += [nn.ZeroPad2d((1, 2, 1, 2) if same else 0), nn.Conv2d(32 * wide, 64 * wide, 4, 2), nn.ReLU()]
+        layers += [nn.Conv2d(64 * wide, 64 * wide, 3, padding=1 * same)]
+    convolutions = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
     return convolutions, convolutions(torch.zeros(1, *obs_shape)).shape[1], width
 
 
-def uniform_init(network: nn.Module, limit: Callable[[int, int], float], seed: int) -> None:
-    """Draw the weights of every layer uniformly from +-limit(fan_in, fan_out); biases are zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            bound = limit(layer.weight[0].numel(), layer.weight[:, 0].numel())
-            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-            nn.init.zeros_(layer.bias)
-
-
-class QuantileNetwork(nn.Module):
+class QuantileNetwork(nn.Module):  # output (batch, actions, quantiles)
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args):
         super().__init__()
         self.convolutions, size, width = make_convolutions(obs_shape, args.network)
-        self.dense = nn.Linear(size, width)
+        self.dense = nn.Sequential(nn.Linear(size, width), nn.ReLU())
         self.head = nn.Sequential(nn.Linear(width, num_actions * args.n_quantiles), nn.Unflatten(1, (num_actions, -1)))
-        uniform_init(self, lambda fan_in, _: (3**0.5 / fan_in) ** 0.5, args.seed)  # variance 1 / (sqrt(3) fan_in)
+        generator = torch.Generator().manual_seed(args.seed)
+        for layer in [module for module in self.modules() if isinstance(module, nn.Conv2d | nn.Linear)]:
+            nn.init.kaiming_uniform_(layer.weight, (12**0.5 - 1) ** 0.5, generator=generator)  # variance 3^-0.5/fan_in
+            nn.init.zeros_(layer.bias)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         x = obs / 255 if obs.dtype == torch.uint8 else obs.float()  # MinAtar's are 0 and 1
-        return self.head(F.relu(self.dense(self.convolutions(x))))  # (batch, actions, quantiles)
+        return self.head(self.dense(self.convolutions(x)))
 
-    def q_values(self, obs: torch.Tensor) -> torch.Tensor:
+    def q_values(self, obs: torch.Tensor, _rng: np.random.Generator) -> torch.Tensor:
         return self(obs).mean(dim=2)  # (batch, actions)
 
 
@@ -337,7 +324,16 @@ def act(q_network: nn.Module, obs: np.ndarray, epsilon: float, num_actions: int,
     if rng.random() < epsilon:
         return rng.integers(num_actions, size=1)
     with torch.inference_mode():
-        return q_network.q_values(torch.from_numpy(obs).to(device)).argmax(dim=1).cpu().numpy()
+        return q_network.q_values(torch.from_numpy(obs).to(device), rng).argmax(dim=1).cpu().numpy()
+
+
+def quantile_loss(q_network: nn.Module, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the quantile Huber loss (eq. 10, kappa 1) of every transition and Q of the actions, both (batch,)."""
+    theta = q_network(batch.obs).take_along_dim(batch.actions[:, None, None], 1)[:, 0]  # (batch, quantiles)
+    tau = (torch.arange(theta.shape[1], device=theta.device)[:, None] + 0.5) / theta.shape[1]  # midpoints, lemma 2
+    theta_i, target_j = torch.broadcast_tensors(theta[:, :, None], targets[:, None, :])  # (batch, i, j)
+    huber = nn.functional.huber_loss(theta_i, target_j, reduction="none")  # eq. 9, to weigh by |tau_i - 1{u < 0}|
+    return (torch.where(target_j < theta_i, 1 - tau, tau) * huber).sum(dim=1).mean(dim=1), theta.mean(dim=1)
 
 
 @torch.no_grad()
@@ -348,30 +344,39 @@ def quantile_target(target_network: nn.Module, batch: Batch) -> torch.Tensor:
     return batch.rewards[:, None] + batch.discounts[:, None] * theta.take_along_dim(best[:, None, None], 1)[:, 0]
 
 
-def quantile_loss(q_network: nn.Module, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the quantile Huber loss (eq. 10, kappa 1) of every transition and Q of the actions, both (batch,)."""
-    theta = q_network(batch.obs).take_along_dim(batch.actions[:, None, None], 1)[:, 0]  # (batch, quantiles)
-    tau = (torch.arange(theta.shape[1], device=theta.device)[:, None] + 0.5) / theta.shape[1]  # midpoints, lemma 2
-    theta_i, target_j = torch.broadcast_tensors(theta[:, :, None], targets[:, None, :])  # (batch, i, j)
-    huber = F.huber_loss(theta_i, target_j, reduction="none")  # eq. 9
-    weights = torch.where(target_j < theta_i, 1 - tau, tau)  # |tau_i - 1{u < 0}|
-    return (weights * huber).sum(dim=1).mean(dim=1), theta.mean(dim=1)
+# ------------------------------------------------------------------------------ diagnostics, evaluation and checkpoints
+@torch.no_grad()
+def diagnose(q_network: nn.Module, obs: torch.Tensor, updates: list, rng: np.random.Generator) -> dict[str, float]:
+    """Measure the `updates` since the last report, (loss, gradient norm), and the network on a probe batch `obs`."""
+    probed, outputs = copy.deepcopy(q_network).eval(), {}
+    for module in [m for m in probed.modules() if type(m) is nn.ReLU or m in (probed.dense, probed.convolutions)]:
+        module.register_forward_hook(lambda module, _, output: outputs.update({module: output}))
+    probed.q_values(obs, rng)
+    losses, gradient_norms = [torch.stack(series) for series in zip(*updates, strict=True)]
+    features = outputs[probed.dense].unflatten(0, (len(obs), -1)).mean(dim=1)  # iqn: over its quantiles
+    singular = torch.linalg.svdvals(features)  # for srank: Kumar et al., 2021, delta 0.01
+    # dormant neurons or channels: Sokar et al., 2023, definition 3.1, tau 0.025
+    layers = [x.movedim(1, 0).flatten(1).abs().mean(dim=1) for module, x in outputs.items() if type(module) is nn.ReLU]
+    return {
+        "diagnostics/loss_variance": losses.var(correction=0).item(),
+        "diagnostics/gradient_norm": gradient_norms.mean().item(),
+        "diagnostics/representation_norm": outputs[probed.convolutions].norm(dim=1).mean().item(),
+        "diagnostics/srank": 1 + (singular.cumsum(0) < 0.99 * singular.sum()).sum().item(),
+        "diagnostics/dormant_neurons": torch.cat([x <= 0.025 * x.mean() for x in layers]).float().mean().item(),
+    }
 
 
-# ------------------------------------------------------------------------------------------- evaluation and checkpoints
 def evaluate(q_network: nn.Module, args: Args, device, stream: int, video: Path) -> np.ndarray:
     """Play games seeded by `stream` (at least 1) and return their raw returns (eval_episodes,); film the first."""
-    envs, rng = make_env(args), np.random.default_rng([args.seed, stream])
+    envs, rng, player = make_env(args), np.random.default_rng([args.seed, stream]), copy.deepcopy(q_network).eval()
     returns, first_game = np.zeros(args.eval_episodes), []
     for episode in range(args.eval_episodes):
-        obs = reset(envs, args.seed, stream, episode)
-        terminations, truncations = [False], [False]
-        while not (terminations[0] or truncations[0]):
-            actions = act(q_network, obs, args.eval_epsilon, envs.single_action_space.n, rng, device)
+        obs, done = reset(envs, args.seed, stream, episode), False
+        while not done:
+            actions = act(player, obs, args.eval_epsilon, envs.single_action_space.n, rng, device)
             obs, rewards, terminations, truncations, _ = envs.step(actions)
-            returns[episode] += rewards[0]
+            returns[episode], done = returns[episode] + rewards[0], terminations[0] or truncations[0]
             first_game += [actions] if episode == 0 else []
-    envs.close()
     tqdm.write(f"evaluation at step {stream - 1:,}: mean return {returns.mean():.2f} of {returns.tolist()}")
     if args.capture_video:
         film(video, args, stream, first_game)
@@ -379,23 +384,17 @@ def evaluate(q_network: nn.Module, args: Args, device, stream: int, video: Path)
 
 
 def film(path: Path, args: Args, stream: int, game: list[np.ndarray]) -> None:
-    """Play the actions of a game once more, in an emulator that shows every frame in colour, and write an MP4."""
-    envs = make_env(args, frameskip=1, maxpool=False, grayscale=False, stack_num=1, img_height=210, img_width=160)
-    obs = reset(envs, args.seed, stream, 0)
-    minatar = args.env_id.startswith("MinAtar/")
-    size, scale, fps = ((160, 160), 16, 10) if minatar else ((320, 420), 2, 60)
+    """Play the actions of a game once more, in an emulator that shows itself in colour, and write an MP4."""
+    envs = make_env(args, grayscale=False, stack_num=1, img_height=210, img_width=160)
+    obs, size = reset(envs, args.seed, stream, 0), (320, 420) if "ALE/" in args.env_id else (160, 160)
     path.parent.mkdir(exist_ok=True)
-    mp4 = importlib.import_module("imageio_ffmpeg").write_frames(str(path), size, fps=fps, macro_block_size=2)
+    mp4 = importlib.import_module("imageio_ffmpeg").write_frames(str(path), size, fps=15, macro_block_size=2)
     mp4.send(None)
     for actions in game:
-        for _ in range(1 if minatar else args.frame_skip):
-            image = (envs.render()[0] * 255).astype(np.uint8) if minatar else obs[0, 0]
-            mp4.send(image.repeat(scale, 0).repeat(scale, 1))
-            obs, _, terminations, truncations, _ = envs.step(actions)
-            if terminations[0] or truncations[0]:
-                break
+        image = obs[0, 0] if "ALE/" in args.env_id else (envs.render()[0] * 255).astype(np.uint8)
+        mp4.send(image.repeat(size[0] // image.shape[1], axis=0).repeat(size[0] // image.shape[1], axis=1))
+        obs = envs.step(actions)[0]
     mp4.close()
-    envs.close()
     tqdm.write(f"video: {path}")
 
 
@@ -404,7 +403,6 @@ def save_checkpoint(path: Path, q_network: nn.Module, args: Args, global_step: i
     state = {"agent": AGENT, "args": asdict(args), "global_step": global_step, "weights": q_network.state_dict()}
     with open(path.with_suffix(".tmp"), "wb") as file:
         torch.save(state, file)
-        file.flush()
         os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -413,11 +411,10 @@ def load_checkpoint(args: Args) -> tuple[Args, int, dict]:
     """Return the flags in --checkpoint (those of the run group stay `args`'), its step and its weights."""
     try:
         state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-        agent, step, weights = state["agent"], state["global_step"], state["weights"]
-        if agent != AGENT:
+        if (agent := state["agent"]) != AGENT:
             fail(f"{args.checkpoint} is a checkpoint of {agent}, not of {AGENT}: play it with agents/{agent}.py.")
         mine = {field.name: getattr(args, field.name) for field in fields(RunArgs)}
-        return replace(args, **state["args"] | mine), step, weights
+        return replace(args, **state["args"] | mine), state["global_step"], state["weights"]
     except OSError as error:
         fail(f"{args.checkpoint} could not be read: {error.strerror}.")
     except Exception:  # torch.load has a dozen ways to say that a file is damaged or foreign
@@ -429,25 +426,18 @@ def make_run_folder(args: Args, device) -> tuple[Path, SummaryWriter]:
     """Make a new run folder that holds args.json and a TensorBoard log with the same facts."""
     name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder, here = Path("runs") / name, Path(__file__).resolve().parent
-    git = subprocess.run("git rev-parse --verify HEAD", shell=True, cwd=here, capture_output=True, text=True)
-    record = {
-        "agent": AGENT,
-        "args": asdict(args),
-        "frames_per_step": 1 if args.env_id.startswith("MinAtar/") else args.frame_skip,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "python": sys.version.split()[0],
-        "packages": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES},
-        "git_commit": git.stdout.strip() or None,
-    }
+    sha = subprocess.run("git log -1 --format=%H", shell=True, cwd=here, capture_output=True, text=True).stdout.strip()
+    packages = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES}
+    record = {"agent": AGENT, "args": asdict(args), "python": sys.version.split()[0], "packages": packages}
+    record |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "git_commit": sha or None}
+    record |= {"threads": torch.get_num_threads(), "frames_per_step": args.frame_skip if "ALE/" in args.env_id else 1}
     try:
         folder.mkdir(parents=True)
         (folder / "args.json").write_text(json.dumps(record, indent=2))
     except OSError as error:
         fail(f"the run folder {folder} could not be made: {error.strerror}.")
     if args.track:
-        wandb_run = {"name": folder.name, "dir": str(folder), "config": asdict(args), "sync_tensorboard": True}
-        importlib.import_module("wandb").init(**wandb_run)
+        importlib.import_module("wandb").init(name=name, dir=str(folder), config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(str(folder))
     for title, table in {"hyperparameters": record.pop("args"), "environment": record}.items():
         writer.add_text(title, "|name|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in table.items()))
@@ -459,11 +449,12 @@ def make_run_folder(args: Args, device) -> tuple[Path, SummaryWriter]:
 
 def train(args: Args) -> Path | np.ndarray:
     """Train, evaluate and return the run folder; with --eval-only just play, and return the returns."""
-    check_args(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.eval_only:
+    if args.eval_only and args.checkpoint:
         args, global_step, weights = load_checkpoint(args)
-        check_args(args)
+    check_args(args)
+    if args.batch_size % args.batch_divisor:
+        fail(f"--batch-divisor {args.batch_divisor} does not divide --batch-size {args.batch_size}.")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_env(args)
     obs_space, num_actions = envs.single_observation_space, int(envs.single_action_space.n)
     q_network = QuantileNetwork(obs_space.shape, num_actions, args).to(device)
@@ -474,39 +465,44 @@ def train(args: Args) -> Path | np.ndarray:
 
     target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    replay = FrameReplay(obs_space, num_actions, args, device, np.random.default_rng([args.seed, 0, 1]))
-    rng = np.random.default_rng([args.seed, 0, 0])  # of exploration
+    rng, replay_rng, probe_rng = [np.random.default_rng([args.seed, 0, stream]) for stream in range(3)]
+    noise_rng = np.random.default_rng([args.seed, 0, 3])
+    replay = FrameReplay(obs_space, num_actions, args, device, replay_rng)
     folder, writer = make_run_folder(args, device)
     print(f"run folder: {folder} ({device})", flush=True)
     bar = tqdm(total=args.total_timesteps, unit=" steps", dynamic_ncols=True, disable=not sys.stderr.isatty())
-    start = last_line = time.monotonic()
-    episode, episodic_return, episodic_length, last_return, losses = 0, 0.0, 0, math.nan, None
-    obs = reset(envs, args.seed, 0, episode)
+    obs, episode, episodic_return, episodic_length, last_return = reset(envs, args.seed, 0, 0), 0, 0.0, 0, math.nan
+    loss, updates, scalars, start = None, [], {}, time.monotonic()
     for global_step in range(1, args.total_timesteps + 1):
+        last = global_step == args.total_timesteps
         # ------------------------------------------------------------------------------------------------------ act
         decay = (global_step - args.learning_starts) / max(args.exploration_steps, 1)
         epsilon = args.start_e + (args.end_e - args.start_e) * min(max(decay, 0.0), 1.0)
         actions = act(q_network, obs, epsilon, num_actions, rng, device)
         # ----------------------------------------------------------------------------------------------------- step
         next_obs, rewards, terminations, truncations, _ = envs.step(actions)
-        episodic_return += float(rewards[0])
-        episodic_length += 1
+        episodic_return, episodic_length = episodic_return + float(rewards[0]), episodic_length + 1
         # ---------------------------------------------------------------------------------------------------- store
         replay.add(obs, next_obs, actions, np.clip(rewards, -1, 1), terminations, truncations)
         obs = next_obs
         if terminations[0] or truncations[0]:
-            last_return = episodic_return
-            writer.add_scalar("charts/episodic_return", episodic_return, global_step)
-            writer.add_scalar("charts/episodic_length", episodic_length, global_step)
-            episode, episodic_return, episodic_length = episode + 1, 0.0, 0
+            scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
+            last_return, episode, episodic_return, episodic_length = episodic_return, episode + 1, 0.0, 0
             obs = reset(envs, args.seed, 0, episode)  # in place of an autoreset step
         # ---------------------------------------------------------------------------------------------------- learn
+        parts = []
         if global_step > args.learning_starts and global_step % args.train_frequency == 0:
             batch = replay.sample(args.batch_size)
+            batch.rewards.add_(torch.from_numpy(noise_rng.normal(0, args.target_noise_std, len(batch.rows))).to(device))
+            parts = [Batch(*[field[i :: args.batch_divisor] for field in batch]) for i in range(args.batch_divisor)]
+        for batch in parts:
             losses, q_values = quantile_loss(q_network, batch, quantile_target(target_network, batch))
             loss = losses.mean()
             optimizer.zero_grad()
             loss.backward()
+            if args.diagnostics_frequency:
+                gradients = [parameter.grad.flatten() for parameter in q_network.parameters()]
+                updates.append((loss.detach(), sum(gradient.dot(gradient) for gradient in gradients).sqrt()))
             optimizer.step()
             if args.prioritized:
                 replay.update_priorities(batch.rows, losses)
@@ -514,24 +510,26 @@ def train(args: Args) -> Path | np.ndarray:
         if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
             target_network.load_state_dict(q_network.state_dict())
         # ------------------------------------------------------------------------------------------------------ log
-        last = global_step == args.total_timesteps
         status = f"return {last_return:.1f}, epsilon {epsilon:.3f}"
         bar.set_postfix_str(status, refresh=False)
         bar.update()
-        if bar.disable and (time.monotonic() - last_line > 30 or last):
-            last_line = time.monotonic()  # output is no terminal: a plain line now and then
-            meter = {"elapsed": last_line - start, "ncols": 0, "unit": " steps", "postfix": status}
+        if bar.disable and (global_step % 10_000 == 0 or last):  # output is no terminal: a plain line now and then
+            meter = {"elapsed": time.monotonic() - start, "ncols": 0, "unit": " steps", "postfix": status}
             print(tqdm.format_meter(global_step, args.total_timesteps, **meter), flush=True)
-        if global_step % 1_000 == 0 or last:
-            writer.add_scalar("charts/epsilon", epsilon, global_step)
-            writer.add_scalar("charts/SPS", global_step / (time.monotonic() - start), global_step)
-            if losses is not None:
-                writer.add_scalar("losses/td_loss", loss.item(), global_step)
-                writer.add_scalar("losses/q_values", q_values.mean().item(), global_step)
-                if not math.isfinite(loss.item()):
-                    bar.close()
+        reporting = updates and global_step % args.diagnostics_frequency == 0
+        if global_step % 1_000 == 0 or reporting or last:
+            scalars |= {"charts/epsilon": epsilon, "charts/SPS": global_step / (time.monotonic() - start)}
+            if loss is not None:
+                scalars |= {"losses/td_loss": loss.item(), "losses/q_values": q_values.mean().item()}
+                if not math.isfinite(scalars["losses/td_loss"]):
                     writer.close()
                     fail(f"the loss is {loss.item()} at step {global_step:,}: the run in {folder} is stopped.")
+        if reporting:
+            scalars |= diagnose(q_network, replay.probe(probe_rng), updates, probe_rng)
+            updates.clear()
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, global_step)
+        scalars.clear()
         # ----------------------------------------------------------------------------------------------- checkpoint
         evaluating = last or (args.eval_frequency and global_step % args.eval_frequency == 0)
         if evaluating and args.save_model:
@@ -541,7 +539,6 @@ def train(args: Args) -> Path | np.ndarray:
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
     bar.close()
     writer.close()
-    envs.close()
     print(f"run folder: {folder}", flush=True)
     return folder
 

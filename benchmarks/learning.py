@@ -31,13 +31,14 @@ FLAGS = {
     "exploration_steps": 100_000,
     "eval_episodes": 10,
 }
+OWN_FLAGS = {"rainbow": {"v_min": -100.0, "v_max": 100.0}}  # of one agent
 
 
 @dataclass
 class Args:
-    games: tuple[str, ...] = ("MinAtar/Breakout-v1",)  # games to play
-    agents: tuple[str, ...] = ("dqn", "qrdqn")  # agents to train
-    batch_sizes: tuple[int, ...] = (8, 32)  # batch sizes to train with
+    games: tuple[str, ...] = ("MinAtar/Breakout-v1", "MinAtar/Asterix-v1")  # games to play
+    agents: tuple[str, ...] = ("dqn", "qrdqn", "rainbow", "iqn")  # agents to train
+    batch_sizes: tuple[int, ...] = (8,)  # batch sizes to train with
     seeds: int = 3  # runs of each setting
     total_timesteps: int = 500_000  # agent steps of each run
     jobs: int = 1  # runs at a time, each on one core
@@ -99,7 +100,9 @@ def random_play(env_id: str, games: int = 1_000) -> np.ndarray:
 
 def main(args: Args) -> None:
     settings = [
-        {"agent": agent, "env_id": game, "batch_size": batch_size, "total_timesteps": args.total_timesteps, **FLAGS}
+        {"agent": agent, "env_id": game, "batch_size": batch_size, "total_timesteps": args.total_timesteps}
+        | FLAGS
+        | OWN_FLAGS.get(agent, {})
         for game in args.games
         for agent in args.agents
         for batch_size in args.batch_sizes

@@ -35,6 +35,27 @@ def qrdqn():
     return load(ROOT / "agents" / "qrdqn.py")
 
 
+@pytest.fixture
+def rainbow():
+    return load(ROOT / "agents" / "rainbow.py")
+
+
+@pytest.fixture
+def iqn():
+    return load(ROOT / "agents" / "iqn.py")
+
+
+def make_network(module, obs_shape=(4, 84, 84), num_actions=6, **flags):
+    """The agent's network."""
+    names = {
+        "dqn": "QNetwork",
+        "qrdqn": "QuantileNetwork",
+        "rainbow": "RainbowNetwork",
+        "iqn": "ImplicitQuantileNetwork",
+    }
+    return getattr(module, names[module.AGENT])(obs_shape, num_actions, make_args(module, **flags))
+
+
 def make_args(module, **changes):
     """The agent's flags at a size that a test can run: MinAtar, a small replay, no evaluation."""
     small = {

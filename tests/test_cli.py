@@ -11,7 +11,7 @@ import termios
 
 import pytest
 import torch
-from conftest import AGENTS, ROOT
+from conftest import AGENTS, ROOT, load
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def refused(agent, monkeypatch, capsys, tmp_path, *flags):
         (["--env-id", "HalfCheetah-v5"], ["'HalfCheetah-v5'", "discrete"]),
         (["--env-id", ""], ["''"]),
         (["--buffer-size", "2000000000"], ["GB", "free", "--buffer-size"]),
-        (["--buffer-size", "5"], ["--buffer-size", "at least"]),
+        (["--buffer-size", "5"], ["--buffer-size", "--n-step"]),
         (["--n-step", "0"], ["--n-step is 0", "from 1 to"]),
         (["--n-step", "30000", "--learning-starts", "40000"], ["--n-step 30000"]),
         (["--batch-size", "0"], ["--batch-size is 0", "from 1 to"]),
@@ -62,6 +62,26 @@ def refused(agent, monkeypatch, capsys, tmp_path, *flags):
 )
 def test_wrong_input_is_one_sentence(agent, monkeypatch, capsys, tmp_path, flags, words):
     error = refused(agent, monkeypatch, capsys, tmp_path, *flags)
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        ("qrdqn", ["--batch-divisor", "5"], ["--batch-divisor 5 does not divide --batch-size 32"]),
+        ("qrdqn", ["--batch-divisor", "64"], ["--batch-divisor 64 does not divide --batch-size 32"]),
+        ("qrdqn", ["--batch-divisor", "0"], ["--batch-divisor is 0"]),
+        ("qrdqn", ["--target-noise-std", "-1"], ["--target-noise-std is -1"]),
+        ("rainbow", ["--v-min", "5"], ["--v-min is 5"]),
+        ("rainbow", ["--v-max", "0"], ["--v-max is 0"]),
+        ("rainbow", ["--v-max", "inf"], ["--v-max is inf"]),
+        ("rainbow", ["--n-atoms", "1"], ["--n-atoms is 1"]),
+        ("iqn", ["--n-policy-tau", "0"], ["--n-policy-tau is 0"]),
+    ],
+)
+def test_wrong_settings_of_one_agent(name, flags, words, monkeypatch, capsys, tmp_path):
+    error = refused(load(ROOT / "agents" / f"{name}.py"), monkeypatch, capsys, tmp_path, *flags)
     for word in words:
         assert word in error
 

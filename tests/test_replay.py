@@ -84,7 +84,7 @@ def check_batch(script, replay, batch, stack=STACK):
 
 def starts(script, replay):
     """(episode, step) of every row that can be sampled."""
-    rows = np.flatnonzero(replay.valid)
+    rows = np.flatnonzero(replay.priorities)
     weights = np.ones(len(rows), np.float32)
     return {script.decode(obs) for obs in replay._get_samples(rows, weights).obs.numpy()} if len(rows) else set()
 
@@ -104,12 +104,13 @@ def test_every_sampled_transition(agent, capacity, n_step, prioritized):
 
     def after_each(e, t):
         added.append((e, t))
-        if not replay.valid.any():
+        if not replay.priorities.any():
             return
-        check_batch(script, replay, replay.sample(16))
-        if prioritized:
-            leaves = replay.priorities.leaves.ravel()[:capacity]
-            np.testing.assert_array_equal(leaves > 0, replay.valid)
+        batch = replay.sample(16)
+        check_batch(script, replay, batch)
+        assert batch.weights.tolist() == [1.0] * 16  # until losses are known, all priorities are 1
+        assert not replay.priorities.ravel()[capacity:].any()
+        np.testing.assert_array_equal(replay.sums, replay.priorities.sum(axis=1))
 
     script.play(replay, STACK, after_each)
     found = starts(script, replay)
@@ -153,7 +154,9 @@ def test_without_a_stack(agent):
     """MinAtar's case: one frame of several channels."""
     script = Script([7, 12, 1, 2, 40], ["terminal", "truncation", "terminal", "both", "terminal"], 3, bool)
     replay = make_replay(agent, 33, 3, False, gym.spaces.Box(0, 1, (3, 4, 5), bool))
-    script.play(replay, 1, lambda e, t: check_batch(script, replay, replay.sample(16), 1) if replay.valid.any() else 0)
+    script.play(
+        replay, 1, lambda e, t: check_batch(script, replay, replay.sample(16), 1) if replay.priorities.any() else 0
+    )
     assert replay.full
 
 
@@ -167,7 +170,7 @@ def test_long_episodes(agent):
 
 def test_bytes_of_a_transition(agent):
     replay = make_replay(agent, 100_000, 3, True, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8))
-    arrays = [v for v in vars(replay).values() if isinstance(v, np.ndarray)] + [replay.priorities.leaves]
+    arrays = [v for v in vars(replay).values() if isinstance(v, np.ndarray)]
     assert replay.observations.nbytes == 100_000 * 7_056
     assert sum(a.nbytes for a in arrays) <= 100_000 * (7_056 + 24)
 
@@ -196,6 +199,18 @@ def test_prioritized_sampling_frequencies(qrdqn):
     np.testing.assert_allclose(batch.weights.numpy(), weights / weights.max(), rtol=1e-5)
 
 
+def test_uniform_sampling_is_uniform_and_independent(dqn):
+    """Every valid transition as often as any other, and within a batch with the repeats that chance gives."""
+    script = Script([100], ["terminal"])
+    replay = make_replay(dqn, 500, 1, False)
+    script.play(replay, STACK)
+    rows = np.array([replay.sample(100).rows for _ in range(1_000)])
+    counts = np.bincount(rows.ravel(), minlength=100)
+    assert counts.shape == (100,) and np.abs(counts - 1_000).max() < 5 * np.sqrt(1_000)
+    distinct = np.mean([len(set(row)) for row in rows])
+    assert distinct == pytest.approx(100 * (1 - 0.99**100), abs=0.5)  # stratified draws would give all 100
+
+
 def test_sampling_is_stratified(qrdqn):
     """With equal priorities and as many draws as rows, each slice of the total is one row: no row comes twice."""
     script = Script([64], ["terminal"])
@@ -207,7 +222,7 @@ def test_sampling_is_stratified(qrdqn):
 def test_new_transitions_get_the_largest_priority_seen(qrdqn):
     script = Script([10, 3], ["terminal", "terminal"])
     replay = make_replay(qrdqn, 50, 1, True)
-    leaves = replay.priorities.leaves.ravel()  # a view
+    leaves = replay.priorities.ravel()  # a view
 
     def after_each(e, t):
         if (e, t) == (0, 9):
@@ -223,21 +238,21 @@ def test_new_transitions_get_the_largest_priority_seen(qrdqn):
 @pytest.mark.parametrize("capacity", [1, 63, 64, 65, 4096, 4097, 300_000])
 def test_sum_tree_against_cumulative_sums(agent, capacity):
     rng = np.random.default_rng(capacity)
-    tree, leaves = agent.SumTree(capacity), np.zeros(capacity)
+    replay, leaves = make_replay(agent, capacity, 1, True, gym.spaces.Box(0, 1, (1, 2, 2), bool)), np.zeros(capacity)
     for _ in range(5):
         where = rng.integers(capacity, size=min(capacity, 200))
         values = rng.exponential(size=len(where)) * (rng.random(len(where)) < 0.7)
         for i, value in zip(where, values, strict=True):
             leaves[i] = value
-        tree.set(where, leaves[where])
+        replay.set_priorities(where, leaves[where])
     total = leaves.sum()
-    assert tree.sums.sum() == pytest.approx(total)
+    assert replay.sums.sum() == pytest.approx(total)
     if not total:
         return
     points = rng.random(500)
-    np.testing.assert_array_equal(tree.find(points), np.searchsorted(leaves.cumsum(), points * total, side="right"))
+    np.testing.assert_array_equal(replay.find(points), np.searchsorted(leaves.cumsum(), points * total, side="right"))
     # the ends of the range, where rounding could step off the last leaf or onto an empty one
-    assert (leaves[tree.find(np.array([0.0, math.nextafter(1, 0), 1.0]))] > 0).all()
+    assert (leaves[replay.find(np.array([0.0, math.nextafter(1, 0), 1.0]))] > 0).all()
 
 
 def test_too_large_a_replay_is_refused_before_it_is_allocated(agent, capsys):

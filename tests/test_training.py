@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import AGENTS, make_args
+from conftest import AGENTS, make_args, make_network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -93,19 +93,33 @@ def test_the_loss_falls_on_a_fixed_batch(agent):
             replay.add(obs, next_obs, chosen, rewards + 1, terminations, truncations)
             obs, done = next_obs, terminations[0] or truncations[0]
         obs = agent.reset(envs, 1, 0, game)
-    network = (agent.QNetwork if agent.AGENT == "dqn" else agent.QuantileNetwork)(space.shape, actions, args)
-    target, loss = (
-        (agent.td_target, agent.td_loss) if agent.AGENT == "dqn" else (agent.quantile_target, agent.quantile_loss)
-    )
+    network = make_network(agent, space.shape, actions)
     batch, frozen = replay.sample(8), copy.deepcopy(network)
+
+    def losses():
+        if agent.AGENT == "dqn":
+            return agent.td_loss(network, batch, agent.td_target(frozen, batch))
+        if agent.AGENT == "qrdqn":
+            return agent.quantile_loss(network, batch, agent.quantile_target(frozen, batch))
+        if agent.AGENT == "rainbow":
+            return agent.rainbow_loss(network, batch, agent.rainbow_target(network, frozen, batch, False))
+        tau = torch.from_numpy(rng.random((8, 160), np.float32)).split([64, 64, 32], dim=1)
+        return agent.implicit_loss(
+            network, batch, agent.implicit_target(network, frozen, batch, *tau[1:], False), tau[0]
+        )
+
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     values = []
     for _ in range(100):
         optimizer.zero_grad()
-        value = loss(network, batch, target(frozen, batch))[0].mean()
+        value = losses()[0].mean()
         value.backward()
         optimizer.step()
         values.append(value.item())
+    if agent.AGENT == "rainbow":  # cross-entropy ends at the entropy of the targets
+        targets = agent.rainbow_target(network, frozen, batch, False)
+        floor = -(targets * targets.clamp(min=1e-30).log()).sum(dim=1).mean().item()
+        values = [value - floor for value in values]
     assert values[-1] < 0.1 * values[0]
 
 
@@ -180,7 +194,7 @@ def test_schedules(agent, monkeypatch):
     )
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: copies.append(len(epsilons)))
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
-    agent.train(make_args(agent, total_timesteps=400, exploration_steps=200, end_e=0.2))
+    agent.train(make_args(agent, total_timesteps=400, exploration_steps=200, end_e=0.2, diagnostics_frequency=0))
     assert epsilons[:100] == [1.0] * 100
     assert epsilons[199] == pytest.approx(1 - 0.8 * 100 / 200)
     assert epsilons[299:] == pytest.approx([0.2] * 101)
@@ -189,18 +203,19 @@ def test_schedules(agent, monkeypatch):
 
 
 def test_the_run_folder(agent, monkeypatch):
-    folder = agent.train(make_args(agent, total_timesteps=1_000, eval_episodes=2, save_model=True, capture_video=True))
+    flags = {"total_timesteps": 1_000, "eval_episodes": 2, "save_model": True, "capture_video": True}
+    folder = agent.train(make_args(agent, diagnostics_frequency=500, **flags))
     assert folder.parent == Path("runs")
     assert folder.name.startswith(f"MinAtar-Breakout-v1__{agent.AGENT}__1__")
     record = json.loads((folder / "args.json").read_text())
     assert record["agent"] == agent.AGENT
-    assert record["args"] == vars(
-        make_args(agent, total_timesteps=1_000, eval_episodes=2, save_model=True, capture_video=True)
-    )
+    assert record["args"] == vars(make_args(agent, diagnostics_frequency=500, **flags))
     assert record["packages"]["torch"] == torch.__version__
     assert record["frames_per_step"] == 1 and record["device"] == "cpu"
     tags = {"charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/SPS"}
-    assert set(scalars(folder)) == tags | {"losses/td_loss", "losses/q_values", "eval/episodic_return"}
+    tags |= {"losses/td_loss", "losses/q_values", "eval/episodic_return"}
+    assert {tag for tag in scalars(folder) if not tag.startswith("diagnostics/")} == tags
+    assert sum(tag.startswith("diagnostics/") for tag in scalars(folder)) == 5
     events = EventAccumulator(str(folder))
     events.Reload()
     tensors = events.Tags()["tensors"]
@@ -242,17 +257,17 @@ def test_video_shows_the_evaluated_game_in_the_real_emulators_frames(dqn, monkey
     rng = np.random.default_rng(0)
     game = [rng.integers(6, size=1) for _ in range(40)]
     dqn.film(Path("videos/x.mp4"), args, 3, game)
-    assert len(frames) == 160 and frames[0].shape == (420, 320, 3)
+    assert len(frames) == 40 and frames[0].shape == (420, 320, 3)
     # the same game through the agent's own preprocessing: grey is a known mix of red, green and blue
     import cv2
 
     envs = dqn.make_env(args)
-    dqn.reset(envs, args.seed, 3, 0)
-    for step in range(39):
-        obs = envs.step(game[step])[0]
-        pair = [cv2.cvtColor(frames[4 * step + k][::2, ::2], cv2.COLOR_RGB2GRAY) for k in (3, 4)]
-        grey = cv2.resize(np.maximum(*pair), (84, 84), interpolation=cv2.INTER_AREA)
+    obs = dqn.reset(envs, args.seed, 3, 0)
+    for step in range(40):
+        grey = cv2.cvtColor(np.ascontiguousarray(frames[step][::2, ::2]), cv2.COLOR_RGB2GRAY)
+        grey = cv2.resize(grey, (84, 84), interpolation=cv2.INTER_AREA)
         assert np.abs(grey.astype(int) - obs[0, 3].astype(int)).mean() < 1.5
+        obs = envs.step(game[step])[0]
 
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
@@ -289,6 +304,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(agent, monkeypatch, capsys):
     assert "step 1,000" in error and "runs/" in error
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_before_its_diagnosis(agent, monkeypatch, capsys):
+    """A report that falls due between two checks must not meet broken weights first."""
+    backward, count = torch.Tensor.backward, []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss * (torch.nan if count else 1)))
+    step = torch.optim.Adam.step
+
+    def poison(self):
+        step(self)
+        count.append(1)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", poison)
+    with pytest.raises(SystemExit) as exit_:
+        agent.train(make_args(agent, total_timesteps=400, diagnostics_frequency=200))
+    assert exit_.value.code == 2
+    assert "the loss is nan at step 200" in capsys.readouterr().err
+
+
 def test_a_game_without_a_cap_starts(dqn):
     """ALE counts frames in 32 bits: more agent steps than that must not overflow."""
     envs = dqn.make_env(make_args(dqn, env_id="ALE/Pong-v5", max_episode_steps=2**31 - 1))
@@ -306,3 +338,104 @@ def test_weights_are_kept_before_an_evaluation_that_fails(agent, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         agent.train(make_args(agent, save_model=True, eval_episodes=1))
     assert len(list(Path("runs").glob("*/model.pt"))) == 1
+
+
+def rebuilt(qrdqn, batches, flags):
+    """The weights after plain updates on these (step, batch): one update per batch, no divisor, no noise."""
+    network = make_network(qrdqn, (4, 10, 10), 3, **flags)
+    target = copy.deepcopy(network)
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-5, eps=3.125e-4, fused=True)
+    for step in range(1, 601):
+        if step in batches:
+            losses, _ = qrdqn.quantile_loss(network, batches[step], qrdqn.quantile_target(target, batches[step]))
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+        if step > 100 and step % 50 == 0:
+            target.load_state_dict(network.state_dict())
+    return network.state_dict()
+
+
+def sampled_batches(qrdqn, monkeypatch, **flags):
+    """Train 600 steps; return the folder, {step: batch as sampled} and the batches that the loss was given."""
+    steps, batches, used = [], {}, []
+    act, sample, loss = qrdqn.act, qrdqn.FrameReplay.sample, qrdqn.quantile_loss
+
+    def record(self, batch_size):
+        batch = sample(self, batch_size)
+        batches[len(steps)] = type(batch)(*[copy.deepcopy(field) for field in batch])
+        return batch
+
+    monkeypatch.setattr(qrdqn, "act", lambda *a: steps.append(1) or act(*a))
+    monkeypatch.setattr(qrdqn.FrameReplay, "sample", record)
+    monkeypatch.setattr(qrdqn, "quantile_loss", lambda *a: used.append(a[1:]) or loss(*a))
+    folder = qrdqn.train(make_args(qrdqn, total_timesteps=600, save_model=True, **flags))
+    monkeypatch.undo()
+    return folder, batches, used
+
+
+def test_divisor_1_and_noise_0_change_nothing(qrdqn, monkeypatch, tmp_path):
+    """Bit for bit the weights of a plain loop over the same batches."""
+    folder, batches, _ = sampled_batches(qrdqn, monkeypatch, batch_divisor=1, target_noise_std=0.0)
+    assert equal(weights(tmp_path / folder), rebuilt(qrdqn, batches, {}))
+
+
+def test_batch_divisor_updates_on_disjoint_parts(qrdqn, monkeypatch):
+    _, batches, used = sampled_batches(qrdqn, monkeypatch, batch_divisor=4)
+    assert len(batches) == 125 and len(used) == 4 * 125
+    for i, batch in enumerate(batches.values()):
+        parts = [part for part, _ in used[4 * i : 4 * i + 4]]
+        assert [len(part.rows) for part in parts] == [2] * 4
+        order = np.concatenate([np.flatnonzero(np.arange(8) % 4 == part) for part in range(4)])  # each row once
+        for name in ("rows", "obs", "actions", "rewards", "discounts"):
+            joined = np.concatenate([np.asarray(getattr(part, name)) for part in parts])
+            np.testing.assert_array_equal(joined, np.asarray(getattr(batch, name))[order])
+
+
+def test_target_noise(qrdqn, monkeypatch):
+    """One Gaussian draw for each transition, the same for all its quantiles; a new one at each update."""
+    _, batches, used = sampled_batches(qrdqn, monkeypatch, target_noise_std=50.0, batch_size=16)
+    noise = []
+    for batch, (part, targets) in zip(batches.values(), used, strict=True):
+        noise.append((part.rewards - batch.rewards).numpy())
+        assert (part.discounts == batch.discounts).all()
+        terminal = (batch.discounts == 0).numpy()
+        expected = np.tile(part.rewards.numpy()[terminal, None], 200)
+        np.testing.assert_allclose(targets.numpy()[terminal], expected, atol=1e-4)
+    noise = np.concatenate(noise)
+    assert len(noise) == 2_000 and len(set(noise.tolist())) > 1_990
+    assert abs(noise.mean()) < 5 * 50 / np.sqrt(2_000) and noise.std() == pytest.approx(50, rel=0.08)
+
+
+@pytest.mark.parametrize("switches", range(16), ids=lambda n: f"{n:04b}")
+def test_every_rainbow_learns(rainbow, switches):
+    """All combinations of distributional, noisy, dueling and double train, with finite losses and diagnostics."""
+    names = ["distributional", "noisy", "dueling", "double"]
+    flags = {name: bool(switches >> i & 1) for i, name in enumerate(names)}
+    folder = rainbow.train(make_args(rainbow, diagnostics_frequency=100, eval_episodes=1, **flags))
+    found = scalars(folder)
+    assert all(np.isfinite([value for _, value in series]).all() for series in found.values())
+
+
+def test_noise_of_each_pass(rainbow, monkeypatch):
+    """Target and double-Q choice share a draw, the loss has its own, every action a fresh one; evaluation has none."""
+    seen = []
+    forward = rainbow.NoisyLinear.forward
+
+    def record(self, x):
+        seen.append((id(self), self.training, x.shape[0], tuple(self.noise[:4].tolist())))
+        return forward(self, x)
+
+    monkeypatch.setattr(rainbow.NoisyLinear, "forward", record)
+    flags = {"noisy": True, "double": True, "start_e": 0.0, "end_e": 0.0, "train_frequency": 1, "eval_episodes": 1}
+    rainbow.train(make_args(rainbow, total_timesteps=120, diagnostics_frequency=0, **flags))
+    acting = [noise for _, training, rows, noise in seen if training and rows == 1]
+    assert len(set(acting)) == len(acting) == 2 * 120  # two noisy layers, a draw for each action
+    learning = [(layer, noise) for layer, training, rows, noise in seen if training and rows == 8]
+    assert len(learning) == 20 * 3 * 2  # updates, passes, layers
+    for i in range(0, len(learning), 6):
+        target, choice, loss = learning[i : i + 2], learning[i + 2 : i + 4], learning[i + 4 : i + 6]
+        assert [noise for _, noise in target] == [noise for _, noise in choice]  # shared by two networks
+        assert {layer for layer, _ in choice} == {layer for layer, _ in loss} != {layer for layer, _ in target}
+        assert not {noise for _, noise in target} & {noise for _, noise in loss}
+    assert any(not training for _, training, _, _ in seen)  # evaluation
