@@ -25,6 +25,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -145,10 +146,10 @@ def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
     gym.register_envs(ale_py)
     if importlib.util.find_spec("minatar") and "MinAtar/Breakout-v1" not in gym.registry:
         importlib.import_module("minatar.gym").register_envs()
-    games = {name[name.find("/") + 1 :].lower(): name for name in gym.registry if name.startswith(("ALE/", "MinAtar/"))}
+    games = {name.split("/")[1].lower(): name for name in gym.registry if re.match("ALE/.*-v5|MinAtar/.*-v1", name)}
     if args.env_id not in games.values():
         near = difflib.get_close_matches(args.env_id.split("/")[-1].lower(), games, cutoff=0.4) or ["pong-v5"]
-        fail(f"{args.env_id!r} is no discrete game of ALE or MinAtar: try {' or '.join(games[name] for name in near)}.")
+        fail(f"{args.env_id!r} is no ALE or MinAtar game of discrete actions: try {' or '.join(map(games.get, near))}.")
     if args.env_id.startswith("MinAtar/"):
         rules = {"max_episode_steps": args.max_episode_steps, "sticky_action_prob": 0.1, "difficulty_ramping": True}
         env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array", **rules)
@@ -206,8 +207,7 @@ class FrameReplay(ReplayBuffer):
         self.dones = np.zeros(args.buffer_size, bool)  # terminations; truncations leave no mark but zero priorities
         self.age = np.zeros(args.buffer_size, np.int32)  # steps since the episode's first
         self.episode_steps, self.max_priority, self.width = 0, 1.0, math.ceil(math.sqrt(args.buffer_size))
-        self.priorities = np.zeros((self.width, self.width))  # in the rows' order; 0 or 1 without --prioritized
-        self.sums = np.zeros(self.width)  # of each row of priorities: a sum tree of two levels
+        self.priorities, self.sums = np.zeros((self.width, self.width)), np.zeros(self.width)  # a tree of two levels
         self.prioritized, self.n_step, self.gamma, self.rng = args.prioritized, args.n_step, args.gamma, rng
 
     def add(self, obs, next_obs, actions, rewards, terminations, truncations) -> None:
@@ -225,7 +225,7 @@ class FrameReplay(ReplayBuffer):
         self.full, self.pos = self.full or end >= self.buffer_size, end % self.buffer_size
 
     def set_priorities(self, rows: np.ndarray, priorities: np.ndarray | float) -> None:
-        """Set the priorities of `rows` (k,), and their sums; a row of priority 0 is never sampled."""
+        """Set the priorities of `rows` (k,), and their sums: 0 is never sampled; without --prioritized others are 1."""
         self.priorities.flat[rows] = priorities
         self.sums[rows // self.width] = self.priorities[rows // self.width].sum(axis=1)
 
@@ -335,10 +335,9 @@ def act(q_network: nn.Module, obs: np.ndarray, epsilon: float, num_actions: int,
 def implicit_loss(q_network: nn.Module, batch: Batch, targets: torch.Tensor, tau: torch.Tensor):
     """Return the quantile Huber loss (eq. 3, kappa 1) of every transition and Q of the actions, both (batch,)."""
     theta = q_network(batch.obs, tau).take_along_dim(batch.actions[:, None, None], 1)[:, 0]  # (batch, tau)
-    theta_i, target_j = torch.broadcast_tensors(theta[:, :, None], targets[:, None, :])  # (batch, i, j)
-    huber = nn.functional.huber_loss(theta_i, target_j, reduction="none")  # to weigh by |tau_i - 1{u < 0}|
-    asymmetry = torch.where(target_j < theta_i, 1 - tau[:, :, None], tau[:, :, None])
-    return (asymmetry * huber).sum(dim=1).mean(dim=1), theta.mean(dim=1)
+    theta_i, target_j, tau_i = torch.broadcast_tensors(theta[:, :, None], targets[:, None, :], tau[:, :, None])
+    huber = nn.functional.huber_loss(theta_i, target_j, reduction="none")  # (batch, i, j), for |tau_i - 1{u < 0}|
+    return (torch.where(target_j < theta_i, 1 - tau_i, tau_i) * huber).sum(dim=1).mean(dim=1), theta.mean(dim=1)
 
 
 @torch.no_grad()
@@ -359,9 +358,8 @@ def diagnose(q_network: nn.Module, obs: torch.Tensor, updates: list, rng: np.ran
         module.register_forward_hook(lambda module, _, output: outputs.update({module: output}))
     probed.q_values(obs, rng)
     losses, gradient_norms = [torch.stack(series) for series in zip(*updates, strict=True)]
-    features = outputs[probed.dense].unflatten(0, (len(obs), -1)).mean(dim=1)  # iqn: over its quantiles
-    singular = torch.linalg.svdvals(features)  # for srank: Kumar et al., 2021, delta 0.01
-    # dormant neurons or channels: Sokar et al., 2023, definition 3.1, tau 0.025
+    # srank: Kumar et al., 2021, delta 0.01; dormant neurons or channels: Sokar et al., 2023, definition 3.1, tau 0.025
+    singular = torch.linalg.svdvals(outputs[probed.dense].unflatten(0, (len(obs), -1)).mean(dim=1))  # iqn's over tau
     layers = [x.movedim(1, 0).flatten(1).abs().mean(dim=1) for module, x in outputs.items() if type(module) is nn.ReLU]
     return {
         "diagnostics/loss_variance": losses.var(correction=0).item(),
@@ -409,6 +407,7 @@ def save_checkpoint(path: Path, q_network: nn.Module, args: Args, global_step: i
     state = {"agent": AGENT, "args": asdict(args), "global_step": global_step, "weights": q_network.state_dict()}
     with open(path.with_suffix(".tmp"), "wb") as file:
         torch.save(state, file)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 

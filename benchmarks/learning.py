@@ -2,11 +2,13 @@
 
     python benchmarks/learning.py --jobs 2
 
-starts the runs that are not yet in runs/ (a run that was cut off is started afresh), waits for them, and prints a table
-with random play for comparison. The settings are Dopamine's for MinAtar (learning rate, Adam epsilon, replay, periods),
-with epsilon to 0.01 over 100,000 steps.
+starts the runs whose results are not yet in benchmarks/results/minatar.csv, one process a core (a run that was cut off
+is started afresh), adds each result to that file as it comes, and prints a table with random play for comparison. The
+settings are Dopamine's for MinAtar (learning rate, Adam epsilon, replay, periods, C51's support), with epsilon to 0.01
+over 100,000 steps.
 """
 
+import csv
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import gymnasium as gym
 import minatar.gym
@@ -22,6 +25,8 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "minatar.csv"
+KEYS = ["env_id", "agent", "batch_size", "total_timesteps", "seed"]  # what tells results apart
 FLAGS = {
     "learning_rate": 2.5e-4,
     "adam_eps": 3.125e-4,
@@ -32,6 +37,7 @@ FLAGS = {
     "eval_episodes": 10,
 }
 OWN_FLAGS = {"rainbow": {"v_min": -100.0, "v_max": 100.0}}  # of one agent
+LOCK = Lock()
 
 
 @dataclass
@@ -46,40 +52,55 @@ class Args:
     table_only: bool = False  # start nothing, print what is there
 
 
-def returns_of(folder: Path) -> np.ndarray:
-    """The raw returns of a run's training games, in order."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return np.array([event.value for event in events.Scalars("charts/episodic_return")])
-
-
-def find(args: Args, wanted: dict) -> Path | None:
-    """The finished run folder with these flags, if there is one."""
+def find(args: Args, wanted: dict) -> tuple[float, str] | None:
+    """Mean return over the last 100 training games, and git commit, of the finished run with these flags."""
     for folder in sorted(args.runs.glob("*")):
         try:
             record = json.loads((folder / "args.json").read_text())
         except (OSError, ValueError):
             continue
         if all({**record["args"], "agent": record["agent"]}.get(k) == v for k, v in wanted.items()):
-            events = EventAccumulator(str(folder))
+            events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
             events.Reload()
             if "eval/episodic_return" in events.Tags()["scalars"]:
-                return folder
+                returns = [event.value for event in events.Scalars("charts/episodic_return")]
+                return float(np.mean(returns[-100:])), record["git_commit"] or ""
     return None
 
 
+def known() -> dict[tuple, float]:
+    """The results so far: {values of KEYS, as strings: mean return}."""
+    if not RESULTS.exists():
+        return {}
+    with open(RESULTS, newline="") as file:
+        return {tuple(row[key] for key in KEYS): float(row["mean_return"]) for row in csv.DictReader(file)}
+
+
+def key_of(wanted: dict) -> tuple:
+    return tuple(str(wanted[key]) for key in KEYS)
+
+
 def run(args: Args, wanted: dict) -> None:
-    """Train one run to its end, unless it is there."""
-    if find(args, wanted):
+    """Train one run to its end, unless it is there, and add its result to the file."""
+    if key_of(wanted) in known():
         return
-    command = [sys.executable, str(ROOT / "agents" / f"{wanted['agent']}.py")]
-    for name, value in wanted.items():
-        if name != "agent":
-            command += [f"--{name.replace('_', '-')}", str(value)]
-    args.runs.mkdir(exist_ok=True)
-    print(" ".join(command), flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=args.runs.parent, env=environment, check=True, stdout=subprocess.DEVNULL)
+    if not find(args, wanted) and not args.table_only:
+        command = [sys.executable, str(ROOT / "agents" / f"{wanted['agent']}.py")]
+        for name, value in wanted.items():
+            if name != "agent":
+                command += [f"--{name.replace('_', '-')}", str(value)]
+        args.runs.mkdir(exist_ok=True)
+        print(" ".join(command), flush=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=args.runs.parent, env=environment, check=True, stdout=subprocess.DEVNULL)
+    if found := find(args, wanted):
+        with LOCK:
+            RESULTS.parent.mkdir(exist_ok=True)
+            new = not RESULTS.exists()
+            with open(RESULTS, "a", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerows([[*KEYS, "mean_return", "git_commit"]] if new else [])
+                writer.writerow([*key_of(wanted), f"{found[0]:.4f}", found[1]])
 
 
 def random_play(env_id: str, games: int = 1_000) -> np.ndarray:
@@ -107,26 +128,21 @@ def main(args: Args) -> None:
         for agent in args.agents
         for batch_size in args.batch_sizes
     ]
-    if not args.table_only:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(
-                pool.map(
-                    lambda job: run(args, job),
-                    [s | {"seed": seed} for seed in range(1, args.seeds + 1) for s in settings],
-                )
-            )
+    seeds = range(1, args.seeds + 1)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda wanted: run(args, wanted), [s | {"seed": seed} for seed in seeds for s in settings]))
+    results = known()
     print(f"| game | agent | batch | mean return, last 100 games of {args.total_timesteps:,} steps | each seed |")
     print("|-|-|-|-|-|")
     for game in args.games:
         play = random_play(game)
         print(f"| {game} | random play | | {play.mean():.2f} | 1,000 games |")
         for setting in [s for s in settings if s["env_id"] == game]:
-            folders = [find(args, setting | {"seed": seed}) for seed in range(1, args.seeds + 1)]
-            means = [returns_of(folder)[-100:].mean() for folder in folders if folder]
-            missing = "" if all(folders) else f" ({folders.count(None)} missing)"
-            each = ", ".join(f"{mean:.2f}" for mean in means)
-            mean = f"{np.mean(means):.2f}" if means else "-"
-            print(f"| {game} | {setting['agent']} | {setting['batch_size']} | {mean} | {each}{missing} |")
+            means = [results.get(key_of(setting | {"seed": seed})) for seed in seeds]
+            there = [mean for mean in means if mean is not None]
+            each = ", ".join("-" if mean is None else f"{mean:.2f}" for mean in means)
+            mean = f"{np.mean(there):.2f}" if there else "-"
+            print(f"| {game} | {setting['agent']} | {setting['batch_size']} | {mean} | {each} |")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def refused(agent, monkeypatch, capsys, tmp_path, *flags):
         (["--env-id", "breakout"], ["ALE/Breakout-v5", "MinAtar/Breakout-v1"]),
         (["--env-id", "PongNoFrameskip-v4"], ["ALE/Pong-v5"]),
         (["--env-id", "MinAtar/Asterisk-v1"], ["MinAtar/Asterix-v1"]),
+        (["--env-id", "MinAtar/Breakout-v0"], ["'MinAtar/Breakout-v0'", "MinAtar/Breakout-v1"]),  # v0: all actions
         (["--env-id", "Pendulum-v1"], ["'Pendulum-v1'", "discrete actions"]),
         (["--env-id", "HalfCheetah-v5"], ["'HalfCheetah-v5'", "discrete"]),
         (["--env-id", ""], ["''"]),

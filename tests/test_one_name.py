@@ -11,6 +11,7 @@ from conftest import AGENTS, ROOT, load
 from sync import OWN, blocks, replaced, shared
 
 SOURCES = {path.stem: path.read_text() for path in AGENTS}
+LONGEST = {"rainbow": 606}  # two losses, and noisy, dueling and double, each to be switched, beside all that dqn.py has
 GROUPS = ["RunArgs", "EnvironmentArgs", "TrainingArgs", "AlgorithmArgs"]
 
 
@@ -91,12 +92,15 @@ def test_the_heart_is_short_and_the_file_is_one_sitting(name):
     assert sum(b - a for a, b in blocks(heart).values()) <= 40
     assert len(ast.get_docstring(ast.parse(source)).splitlines()) <= 20
     assert not re.search(r"\.squeeze\(\)", source)
-    assert len(source.splitlines()) <= 550
+    assert len(source.splitlines()) <= LONGEST.get(name, 550)
 
 
-def test_the_difference_between_dqn_and_qrdqn_is_a_lesson():
-    lines = difflib.ndiff(SOURCES["dqn"].splitlines(), SOURCES["qrdqn"].splitlines())
-    assert sum(line[:2] in ("- ", "+ ") for line in lines) <= 60
+@pytest.mark.parametrize(
+    ("one", "other", "most"), [("dqn", "qrdqn", 60), ("qrdqn", "iqn", 80), ("dqn", "rainbow", 125)]
+)
+def test_the_difference_between_neighbours_is_a_lesson(one, other, most):
+    lines = difflib.ndiff(SOURCES[one].splitlines(), SOURCES[other].splitlines())
+    assert sum(line[:2] in ("- ", "+ ") for line in lines) <= most
 
 
 @pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
