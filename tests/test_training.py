@@ -73,6 +73,35 @@ def test_evaluation_does_not_disturb_training(agent, monkeypatch, tmp_path):
     assert [step for step, _ in after["eval/episodic_return"]] == [150, 300, 450, 600]
 
 
+def test_an_update_weighs_its_batch_and_sets_its_priorities(agent, monkeypatch):
+    """The loss is the mean of weight * loss in dqn and rainbow, of the loss alone in qrdqn and iqn (protocol: no
+    importance weights); each sampled row then has the square root of its own loss as priority."""
+    name = {"dqn": "td_loss", "qrdqn": "quantile_loss", "rainbow": "rainbow_loss", "iqn": "implicit_loss"}[agent.AGENT]
+    function, backward, batches, losses, means, updates = getattr(agent, name), torch.Tensor.backward, [], [], [], []
+
+    def record(q_network, batch, *others):
+        found = function(q_network, batch, *others)
+        batches.append(batch)
+        losses.append(found[0].detach().numpy().copy())
+        return found
+
+    update = agent.FrameReplay.update_priorities
+
+    def check(self, rows, values):
+        update(self, rows, values)
+        expected = dict(zip(batches[-1].rows.tolist(), np.sqrt(losses[-1] + 1e-10), strict=True))
+        updates.append(all(self.priorities.flat[row] == pytest.approx(value) for row, value in expected.items()))
+
+    monkeypatch.setattr(agent, name, record)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: means.append(loss.item()) or backward(loss))
+    monkeypatch.setattr(agent.FrameReplay, "update_priorities", check)
+    agent.train(make_args(agent, total_timesteps=400, prioritized=True))
+    assert len(means) == len(updates) == 75 and all(updates)
+    weights_of = [batch.weights.numpy() if agent.AGENT in ("dqn", "rainbow") else 1.0 for batch in batches]
+    assert means == pytest.approx([np.mean(w * loss) for w, loss in zip(weights_of, losses, strict=True)], rel=1e-4)
+    assert min(batch.weights.min().item() for batch in batches) < 0.9  # the weights did differ
+
+
 def test_batch_size_one_and_updates_at_every_step(agent, monkeypatch):
     _, _, losses = run(agent, monkeypatch, batch_size=1, train_frequency=1)
     assert len(losses) == 200 and np.isfinite(losses).all()
