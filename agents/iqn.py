@@ -129,7 +129,7 @@ def check_args(args: Args) -> None:
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} is {value}, and must be from {low} to {high}.")
     if args.n_step > (most := min(args.learning_starts, args.max_episode_steps, args.buffer_size // 2 - 6)):
-        fail(f"--n-step is at most {most} with these --learning-starts, --max-episode-steps and --buffer-size.")
+        fail(f"--n-step {args.n_step}: --learning-starts, --max-episode-steps and --buffer-size allow {most} at most.")
     if args.eval_only != (args.checkpoint is not None) or args.eval_episodes < (args.eval_only or args.capture_video):
         fail("--eval-only goes with --checkpoint FILE, and like --capture-video with at least 1 of --eval-episodes.")
     needed = {"wandb": args.track, "imageio_ffmpeg": args.capture_video, "minatar": "MinAtar/" in args.env_id}
@@ -454,9 +454,10 @@ def make_run_folder(args: Args, device) -> tuple[Path, SummaryWriter]:
 
 def train(args: Args) -> Path | np.ndarray:
     """Train, evaluate and return the run folder; with --eval-only just play, and return the returns."""
-    if args.eval_only and args.checkpoint:
-        args, global_step, weights = load_checkpoint(args)
     check_args(args)
+    if args.eval_only:
+        args, global_step, weights = load_checkpoint(args)
+        check_args(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_env(args)
     obs_space, num_actions = envs.single_observation_space, int(envs.single_action_space.n)
