@@ -8,9 +8,8 @@
 Read dqn.py first; the others say how they differ from one another.
 Differs from dqn.py in (1) the head: 51 atoms, noisy and dueling layers on demand, (2) the loss: cross-entropy, (3) the
 target, projected onto the atoms: Bellemare et al., "A distributional perspective on reinforcement learning", 2017.
-Parts can be taken away (--n-step 1, --no-prioritized, --no-distributional; without all three its updates are dqn.py's,
-from other initial weights) and the paper's other parts added (--noisy --dueling --double; epsilon-greedy stays).
-Priorities are square roots of the loss; the exponent of the importance weights is fixed at 0.5.
+Parts can be taken away (--n-step 1, --no-prioritized, --no-distributional: then its updates are dqn.py's, from other
+initial weights) and added (--noisy --dueling --double, beside epsilon-greedy). Importance weights have exponent 0.5.
 Departs from the paper as Dopamine (Castro et al., 2018) and "Small batch deep reinforcement learning" (Obando-Ceron
 et al., 2023) do: Adam, sticky actions, game over as the only terminal, SAME padding, the defaults of the flags.
 
