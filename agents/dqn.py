@@ -5,7 +5,6 @@
 # ///
 """DQN (Mnih et al., Nature 518, 2015): regress Q(s, a) onto a return bootstrapped from a frozen copy of the network.
 
-Read dqn.py first; the others say how they differ from one another.
 Departs from the paper as Dopamine (Castro et al., 2018) and "Small batch deep reinforcement learning" (Obando-Ceron
 et al., 2023) do: Adam, sticky actions, game over as the only terminal, SAME padding, the defaults of the flags.
 
@@ -81,7 +80,7 @@ class TrainingArgs:
     learning_rate: float = 6.25e-5  # Adam's step size
     adam_eps: float = 1.5e-4  # Adam's epsilon, the same for every batch size
     batch_size: int = 32  # transitions per update
-    buffer_size: int = 1_000_000  # transitions kept in the replay
+    buffer_size: int = 1_000_000  # transitions kept in the replay (never more than the run has)
     gamma: float = 0.99  # discount per agent step
     learning_starts: int = 20_000  # agent steps before the first update
     train_frequency: int = 4  # agent steps between updates
@@ -193,15 +192,15 @@ class FrameReplay(ReplayBuffer):
         self.stack = 1 if obs_space.dtype == bool else obs_space.shape[0]  # MinAtar's channels are one frame
         frame = gym.spaces.Box(0, 1, (obs_space.shape[0] // self.stack, *obs_space.shape[1:]), obs_space.dtype)
         row_bytes = math.prod(frame.shape) * frame.dtype.itemsize + 24  # 22 are in use
-        gigabytes, free = args.buffer_size * row_bytes / 1e9, psutil.virtual_memory().available / 1e9
+        rows = min(args.buffer_size, args.total_timesteps + args.total_timesteps // args.max_episode_steps + 6)
+        gigabytes, free = rows * row_bytes / 1e9, psutil.virtual_memory().available / 1e9
         if gigabytes > 0.9 * free:
             most = f"lower --buffer-size to {int(0.9e9 * free / row_bytes):,}."
             fail(f"the replay takes {gigabytes:.1f} GB and {free:.1f} GB of memory are free: {most}")
-        super().__init__(args.buffer_size, frame, gym.spaces.Discrete(num_actions), device, 1, True, False)
-        self.actions, self.rewards = np.zeros(args.buffer_size, np.uint8), np.zeros(args.buffer_size, np.float32)
-        self.dones = np.zeros(args.buffer_size, bool)  # terminations; truncations leave no mark but zero priorities
-        self.age = np.zeros(args.buffer_size, np.int32)  # steps since the episode's first
-        self.episode_steps, self.max_priority, self.width = 0, 1.0, math.ceil(math.sqrt(args.buffer_size))
+        super().__init__(rows, frame, gym.spaces.Discrete(num_actions), device, 1, True, False)
+        self.actions, self.rewards = np.zeros(rows, np.uint8), np.zeros(rows, np.float32)
+        self.dones, self.age = np.zeros(rows, bool), np.zeros(rows, np.int32)  # terminated; steps since the first
+        self.episode_steps, self.max_priority, self.width = 0, 1.0, math.ceil(math.sqrt(rows))
         self.priorities, self.sums = np.zeros((self.width, self.width)), np.zeros(self.width)  # a tree of two levels
         self.prioritized, self.n_step, self.gamma, self.rng = args.prioritized, args.n_step, args.gamma, rng
 
@@ -356,20 +355,20 @@ def diagnose(q_network: nn.Module, obs: torch.Tensor, updates: list, rng: np.ran
     }
 
 
-def evaluate(q_network: nn.Module, args: Args, device, stream: int, video: Path) -> np.ndarray:
-    """Play games seeded by `stream` (at least 1) and return their raw returns (eval_episodes,); film the first."""
-    envs, rng, player = make_env(args), np.random.default_rng([args.seed, stream]), copy.deepcopy(q_network).eval()
+def evaluate(envs, q_network: nn.Module, args: Args, device, step: int, video: Path) -> np.ndarray:
+    """Play games of their own, given the step of the run; return their raw returns (eval_episodes,); film the first."""
+    rng, player = np.random.default_rng([args.seed, 1 + step]), copy.deepcopy(q_network).eval()
     returns, first_game = np.zeros(args.eval_episodes), []
     for episode in range(args.eval_episodes):
-        obs, done = reset(envs, args.seed, stream, episode), False
+        obs, done = reset(envs, args.seed, 1 + step, episode), False
         while not done:
             actions = act(player, obs, args.eval_epsilon, envs.single_action_space.n, rng, device)
             obs, rewards, terminations, truncations, _ = envs.step(actions)
             returns[episode], done = returns[episode] + rewards[0], terminations[0] or truncations[0]
             first_game += [actions] if episode == 0 else []
-    tqdm.write(f"evaluation at step {stream - 1:,}: mean return {returns.mean():.2f} of {returns.tolist()}")
+    tqdm.write(f"evaluation at step {step:,}: mean return {returns.mean():.2f} of {returns.tolist()}")
     if args.capture_video:
-        film(video, args, stream, first_game)
+        film(video, args, 1 + step, first_game)
     return returns
 
 
@@ -451,7 +450,7 @@ def train(args: Args) -> Path | np.ndarray:
     if args.eval_only:
         q_network.load_state_dict(weights)
         video = Path(args.checkpoint).with_suffix(f".{datetime.now():%Y%m%d-%H%M%S}.mp4")
-        return evaluate(q_network, args, device, 1 + global_step, video)
+        return evaluate(make_env(args), q_network, args, device, global_step, video)
 
     target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
@@ -520,7 +519,8 @@ def train(args: Args) -> Path | np.ndarray:
         if evaluating and args.save_model:
             save_checkpoint(folder / "model.pt", q_network, args, global_step)
         if evaluating and args.eval_episodes:
-            returns = evaluate(q_network, args, device, 1 + global_step, folder / "videos" / f"step-{global_step}.mp4")
+            video = folder / f"videos/step-{global_step}.mp4"
+            returns = evaluate(make_env(args), q_network, args, device, global_step, video)
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
     bar.close()
     writer.close()

@@ -1,11 +1,13 @@
 """Learning on MinAtar: mean return over the last 100 training games, per agent, batch size and seed.
 
     python benchmarks/learning.py --jobs 2
+    python benchmarks/learning.py --benchmark 100k --jobs 2
 
 starts the runs whose results are not yet in benchmarks/results/minatar.csv, one process a core (a run that was cut off
 is started afresh), adds each result to that file as it comes, and prints a table with random play for comparison. The
-settings are Dopamine's for MinAtar (learning rate, Adam epsilon, replay, periods, C51's support), with epsilon to 0.01
-over 100,000 steps.
+settings of 500k, the four agents of the ALE study, are Dopamine's for MinAtar (learning rate, Adam epsilon, replay,
+periods, C51's support), with epsilon to 0.01 over 100,000 steps. 100k has the agents of Atari 100k with their own
+settings but for MinAtar's learning rate, Adam epsilon and support, and images shifted by one cell instead of four.
 """
 
 import csv
@@ -17,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Literal
 
 import gymnasium as gym
 import minatar.gym
@@ -28,25 +31,34 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "minatar.csv"
 KEYS = ["env_id", "agent", "batch_size", "total_timesteps", "seed"]  # what tells results apart
 FLAGS = {
-    "learning_rate": 2.5e-4,
-    "adam_eps": 3.125e-4,
-    "buffer_size": 100_000,
-    "learning_starts": 1_000,
-    "target_network_frequency": 1_000,
-    "exploration_steps": 100_000,
-    "eval_episodes": 10,
+    "500k": {
+        "learning_rate": 2.5e-4,
+        "adam_eps": 3.125e-4,
+        "buffer_size": 100_000,
+        "learning_starts": 1_000,
+        "target_network_frequency": 1_000,
+        "exploration_steps": 100_000,
+        "eval_episodes": 10,
+    },
+    "100k": {"learning_rate": 2.5e-4, "adam_eps": 3.125e-4},
 }
-OWN_FLAGS = {"rainbow": {"v_min": -100.0, "v_max": 100.0}}  # of one agent
+SUPPORT, SHIFT = {"v_min": -100.0, "v_max": 100.0}, {"image_pad": 1}
+OWN_FLAGS = {"rainbow": SUPPORT, "der": SUPPORT, "drq_eps": SHIFT, "spr": SUPPORT | SHIFT}  # of one agent
+DEFAULTS = {  # games, agents, batch sizes, agent steps
+    "500k": (("MinAtar/Breakout-v1", "MinAtar/Asterix-v1"), ("dqn", "qrdqn", "rainbow", "iqn"), (8,), 500_000),
+    "100k": (("MinAtar/Breakout-v1",), ("der", "drq_eps", "spr"), (32,), 100_000),
+}
 LOCK = Lock()
 
 
 @dataclass
 class Args:
-    games: tuple[str, ...] = ("MinAtar/Breakout-v1", "MinAtar/Asterix-v1")  # games to play
-    agents: tuple[str, ...] = ("dqn", "qrdqn", "rainbow", "iqn")  # agents to train
-    batch_sizes: tuple[int, ...] = (8,)  # batch sizes to train with
+    benchmark: Literal["500k", "100k"] = "500k"  # agents and their settings; what follows replaces parts of it
+    games: tuple[str, ...] | None = None  # games to play
+    agents: tuple[str, ...] | None = None  # agents to train
+    batch_sizes: tuple[int, ...] | None = None  # batch sizes to train with
+    total_timesteps: int | None = None  # agent steps of each run
     seeds: int = 3  # runs of each setting
-    total_timesteps: int = 500_000  # agent steps of each run
     jobs: int = 1  # runs at a time, each on one core
     runs: Path = ROOT / "runs"  # folder of the run folders
     table_only: bool = False  # start nothing, print what is there
@@ -120,9 +132,12 @@ def random_play(env_id: str, games: int = 1_000) -> np.ndarray:
 
 
 def main(args: Args) -> None:
+    given = (args.games, args.agents, args.batch_sizes, args.total_timesteps)
+    chosen = [b if a is None else a for a, b in zip(given, DEFAULTS[args.benchmark], strict=True)]
+    args.games, args.agents, args.batch_sizes, args.total_timesteps = chosen
     settings = [
         {"agent": agent, "env_id": game, "batch_size": batch_size, "total_timesteps": args.total_timesteps}
-        | FLAGS
+        | FLAGS[args.benchmark]
         | OWN_FLAGS.get(agent, {})
         for game in args.games
         for agent in args.agents

@@ -45,6 +45,27 @@ def iqn():
     return load(ROOT / "agents" / "iqn.py")
 
 
+@pytest.fixture
+def der():
+    return load(ROOT / "agents" / "der.py")
+
+
+@pytest.fixture
+def drq_eps():
+    return load(ROOT / "agents" / "drq_eps.py")
+
+
+@pytest.fixture
+def spr():
+    return load(ROOT / "agents" / "spr.py")
+
+
+@pytest.fixture(params=["der", "drq_eps", "spr"])
+def efficient(request):
+    """The module of every agent of the Atari 100k benchmark in turn."""
+    return load(ROOT / "agents" / f"{request.param}.py")
+
+
 def make_network(module, obs_shape=(4, 84, 84), num_actions=6, **flags):
     """The agent's network."""
     names = {
@@ -52,6 +73,9 @@ def make_network(module, obs_shape=(4, 84, 84), num_actions=6, **flags):
         "qrdqn": "QuantileNetwork",
         "rainbow": "RainbowNetwork",
         "iqn": "ImplicitQuantileNetwork",
+        "der": "C51Network",
+        "drq_eps": "DuelingNetwork",
+        "spr": "SPRNetwork",
     }
     return getattr(module, names[module.AGENT])(obs_shape, num_actions, make_args(module, **flags))
 
@@ -64,9 +88,12 @@ def make_args(module, **changes):
         "total_timesteps": 300,
         "buffer_size": 1_000,
         "learning_starts": 100,
+        "train_frequency": 4,
         "target_network_frequency": 50,
         "exploration_steps": 100,
         "batch_size": 8,
         "eval_episodes": 0,
     }
+    if module.AGENT == "spr":
+        small["spr_steps"] = 2  # --n-step may be 2 in a test
     return module.Args(**(small | changes))

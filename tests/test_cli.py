@@ -43,7 +43,7 @@ def refused(agent, monkeypatch, capsys, tmp_path, *flags):
         (["--env-id", "Pendulum-v1"], ["'Pendulum-v1'", "discrete actions"]),
         (["--env-id", "HalfCheetah-v5"], ["'HalfCheetah-v5'", "discrete"]),
         (["--env-id", ""], ["''"]),
-        (["--buffer-size", "2000000000"], ["GB", "free", "--buffer-size"]),
+        (["--buffer-size", "2000000000", "--total-timesteps", "2000000000"], ["GB", "free", "--buffer-size"]),
         (["--buffer-size", "5"], ["--buffer-size", "--n-step"]),
         (["--n-step", "0"], ["--n-step is 0", "from 1 to"]),
         (["--n-step", "30000", "--learning-starts", "40000"], ["--n-step 30000"]),
@@ -79,6 +79,12 @@ def test_wrong_input_is_one_sentence(agent, monkeypatch, capsys, tmp_path, flags
         ("rainbow", ["--v-max", "inf"], ["--v-max is inf"]),
         ("rainbow", ["--n-atoms", "1"], ["--n-atoms is 1"]),
         ("iqn", ["--n-policy-tau", "0"], ["--n-policy-tau is 0"]),
+        ("der", ["--n-atoms", "1"], ["--n-atoms is 1"]),
+        ("drq_eps", ["--image-pad", "-1"], ["--image-pad is -1"]),
+        ("drq_eps", ["--intensity", "nan"], ["--intensity is nan"]),
+        ("spr", ["--spr-weight", "-5"], ["--spr-weight is -5"]),
+        ("spr", ["--updates-per-step", "0"], ["--updates-per-step is 0"]),
+        ("spr", ["--n-step", "4"], ["--spr-steps 5", "--n-step 4"]),
     ],
 )
 def test_wrong_settings_of_one_agent(name, flags, words, monkeypatch, capsys, tmp_path):

@@ -11,7 +11,13 @@ from conftest import AGENTS, ROOT, load
 from sync import OWN, blocks, replaced, shared
 
 SOURCES = {path.stem: path.read_text() for path in AGENTS}
-LONGEST = {"rainbow": 606}  # two losses, and noisy, dueling and double, each to be switched, beside all that dqn.py has
+LONGEST = {  # beside all that dqn.py has:
+    "rainbow": 606,  # two losses, and noisy, dueling and double, each to be switched
+    "der": 622,  # noisy layers, C51, LifeStack
+    "drq_eps": 588,  # augmentation, LifeStack
+    "spr": 708,  # der.py, augmentation, transition model, sequences
+}
+LESSONS = [("rainbow", "der", 140), ("der", "drq_eps", 145), ("der", "spr", 170)]
 GROUPS = ["RunArgs", "EnvironmentArgs", "TrainingArgs", "AlgorithmArgs"]
 
 
@@ -96,7 +102,7 @@ def test_the_heart_is_short_and_the_file_is_one_sitting(name):
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "most"), [("dqn", "qrdqn", 60), ("qrdqn", "iqn", 80), ("dqn", "rainbow", 125)]
+    ("one", "other", "most"), [("dqn", "qrdqn", 60), ("qrdqn", "iqn", 80), ("dqn", "rainbow", 125), *LESSONS]
 )
 def test_the_difference_between_neighbours_is_a_lesson(one, other, most):
     lines = difflib.ndiff(SOURCES[one].splitlines(), SOURCES[other].splitlines())

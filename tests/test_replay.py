@@ -65,7 +65,7 @@ class Script:
 
 
 def make_replay(module, capacity, n_step, prioritized, space=gym.spaces.Box(0, 255, (STACK, 4, 5), np.uint8)):  # noqa: B008
-    args = module.Args(buffer_size=capacity, n_step=n_step, prioritized=prioritized, gamma=0.9)
+    args = module.Args(total_timesteps=2**31, buffer_size=capacity, n_step=n_step, prioritized=prioritized, gamma=0.9)
     return module.FrameReplay(space, 6, args, "cpu", np.random.default_rng(3))
 
 

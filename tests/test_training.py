@@ -43,6 +43,10 @@ def run(agent, monkeypatch, **flags):
     return folder, actions, losses
 
 
+def updates_per_step(agent):
+    return 2 if agent.AGENT == "spr" else 1
+
+
 def equal(left, right):
     return all(torch.equal(a, b) for a, b in zip(left.values(), right.values(), strict=True))
 
@@ -56,7 +60,7 @@ def test_the_same_seed_gives_the_same_run(agent, monkeypatch, tmp_path, prioriti
         results.append(run(agent, monkeypatch, seed=seed, **flags))
     monkeypatch.chdir(tmp_path)
     (one, actions, losses), (again, actions_again, losses_again), (other, other_actions, other_losses) = results
-    assert len(actions) == 600 and len(losses) == 125  # (600 - 100) / 4 updates
+    assert len(actions) == 600 and len(losses) == 125 * updates_per_step(agent)  # every 4th of 600 - 100 steps
     assert actions == actions_again and losses == losses_again
     assert equal(weights(tmp_path / one), weights(tmp_path / again))
     assert actions != other_actions and losses != other_losses
@@ -74,14 +78,15 @@ def test_evaluation_does_not_disturb_training(agent, monkeypatch, tmp_path):
 
 
 def test_an_update_weighs_its_batch_and_sets_its_priorities(agent, monkeypatch):
-    """The loss is the mean of weight * loss in dqn and rainbow, of the loss alone in qrdqn and iqn (protocol: no
-    importance weights); each sampled row then has the square root of its own loss as priority."""
-    name = {"dqn": "td_loss", "qrdqn": "quantile_loss", "rainbow": "rainbow_loss", "iqn": "implicit_loss"}[agent.AGENT]
+    """The loss is the mean of weight * loss, but in qrdqn and iqn of the loss alone (protocol: no importance
+    weights); each sampled row then has the square root of its own loss as priority."""
+    names = {"dqn": "td_loss", "qrdqn": "quantile_loss", "rainbow": "rainbow_loss", "iqn": "implicit_loss"}
+    name = (names | {"der": "c51_loss", "drq_eps": "huber_loss", "spr": "latent_loss"})[agent.AGENT]
     function, backward, batches, losses, means, updates = getattr(agent, name), torch.Tensor.backward, [], [], [], []
 
-    def record(q_network, batch, *others):
-        found = function(q_network, batch, *others)
-        batches.append(batch)
+    def record(*args):
+        found = function(*args)
+        batches.append(next(arg for arg in args if isinstance(arg, agent.Batch)))
         losses.append(found[0].detach().numpy().copy())
         return found
 
@@ -95,16 +100,25 @@ def test_an_update_weighs_its_batch_and_sets_its_priorities(agent, monkeypatch):
     monkeypatch.setattr(agent, name, record)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: means.append(loss.item()) or backward(loss))
     monkeypatch.setattr(agent.FrameReplay, "update_priorities", check)
+    auxiliary = []
+    if agent.AGENT == "spr":  # its other loss is weighed too, and has no part in the priorities
+        predict = agent.prediction_loss
+        monkeypatch.setattr(
+            agent, "prediction_loss", lambda *a: auxiliary.append((x := predict(*a)).detach().numpy()) or x
+        )
     agent.train(make_args(agent, total_timesteps=400, prioritized=True))
-    assert len(means) == len(updates) == 75 and all(updates)
-    weights_of = [batch.weights.numpy() if agent.AGENT in ("dqn", "rainbow") else 1.0 for batch in batches]
+    assert len(means) == len(updates) == 75 * updates_per_step(agent) and all(updates)
+    weights_of = [batch.weights.numpy() if agent.AGENT not in ("qrdqn", "iqn") else 1.0 for batch in batches]
+    if agent.AGENT == "spr":
+        assert all((x > 0).any() for x in auxiliary)
+        losses = [loss + 5 * x for loss, x in zip(losses, auxiliary, strict=True)]
     assert means == pytest.approx([np.mean(w * loss) for w, loss in zip(weights_of, losses, strict=True)], rel=1e-4)
     assert min(batch.weights.min().item() for batch in batches) < 0.9  # the weights did differ
 
 
 def test_batch_size_one_and_updates_at_every_step(agent, monkeypatch):
     _, _, losses = run(agent, monkeypatch, batch_size=1, train_frequency=1)
-    assert len(losses) == 200 and np.isfinite(losses).all()
+    assert len(losses) == 200 * updates_per_step(agent) and np.isfinite(losses).all()
 
 
 def test_the_loss_falls_on_a_fixed_batch(agent):
@@ -123,7 +137,11 @@ def test_the_loss_falls_on_a_fixed_batch(agent):
             obs, done = next_obs, terminations[0] or truncations[0]
         obs = agent.reset(envs, 1, 0, game)
     network = make_network(agent, space.shape, actions)
-    batch, frozen = replay.sample(8), copy.deepcopy(network)
+    batch, frozen, targets = replay.sample(8), copy.deepcopy(network), None
+    if agent.AGENT == "rainbow":
+        targets = agent.rainbow_target(frozen, frozen, batch, False)
+    elif agent.AGENT in ("der", "spr"):
+        targets = agent.c51_target(frozen, frozen, batch)
 
     def losses():
         if agent.AGENT == "dqn":
@@ -131,7 +149,13 @@ def test_the_loss_falls_on_a_fixed_batch(agent):
         if agent.AGENT == "qrdqn":
             return agent.quantile_loss(network, batch, agent.quantile_target(frozen, batch))
         if agent.AGENT == "rainbow":
-            return agent.rainbow_loss(network, batch, agent.rainbow_target(network, frozen, batch, False))
+            return agent.rainbow_loss(network, batch, targets)
+        if agent.AGENT == "der":
+            return agent.c51_loss(network, batch, targets)
+        if agent.AGENT == "drq_eps":
+            return agent.huber_loss(network, batch, agent.double_target(frozen, frozen, batch))
+        if agent.AGENT == "spr":
+            return agent.latent_loss(network, network.encode(batch.obs), batch, targets)
         tau = torch.from_numpy(rng.random((8, 160), np.float32)).split([64, 64, 32], dim=1)
         return agent.implicit_loss(
             network, batch, agent.implicit_target(network, frozen, batch, *tau[1:], False), tau[0]
@@ -145,8 +169,7 @@ def test_the_loss_falls_on_a_fixed_batch(agent):
         value.backward()
         optimizer.step()
         values.append(value.item())
-    if agent.AGENT == "rainbow":  # cross-entropy ends at the entropy of the targets
-        targets = agent.rainbow_target(network, frozen, batch, False)
+    if targets is not None:  # cross-entropy ends at the entropy of the targets
         floor = -(targets * targets.clamp(min=1e-30).log()).sum(dim=1).mean().item()
         values = [value - floor for value in values]
     assert values[-1] < 0.1 * values[0]
@@ -180,6 +203,7 @@ class Scripted(gym.Env):
 def test_the_loop_stores_every_step_once_and_no_autoreset_step(agent, monkeypatch):
     """gymnasium's vector environments would spend a step on the reset; it must never enter the replay."""
     monkeypatch.setattr(agent, "make_env", lambda args: gym.vector.SyncVectorEnv([Scripted]))
+    assert hasattr(agent, "make_life_env") == (agent.AGENT in ("der", "drq_eps", "spr"))
     stored = []
     add = agent.FrameReplay.add
 
@@ -223,11 +247,12 @@ def test_schedules(agent, monkeypatch):
     )
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: copies.append(len(epsilons)))
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
-    agent.train(make_args(agent, total_timesteps=400, exploration_steps=200, end_e=0.2, diagnostics_frequency=0))
+    flags = {"total_timesteps": 400, "exploration_steps": 200, "start_e": 1.0, "end_e": 0.2}
+    agent.train(make_args(agent, diagnostics_frequency=0, **flags))
     assert epsilons[:100] == [1.0] * 100
     assert epsilons[199] == pytest.approx(1 - 0.8 * 100 / 200)
     assert epsilons[299:] == pytest.approx([0.2] * 101)
-    assert copies == list(range(104, 401, 4))
+    assert copies == [step for step in range(104, 401, 4) for _ in range(updates_per_step(agent))]
     assert syncs == [150, 200, 250, 300, 350, 400]
 
 
@@ -243,6 +268,7 @@ def test_the_run_folder(agent, monkeypatch):
     assert record["frames_per_step"] == 1 and record["device"] == "cpu"
     tags = {"charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/SPS"}
     tags |= {"losses/td_loss", "losses/q_values", "eval/episodic_return"}
+    tags |= {"losses/spr_loss"} if agent.AGENT == "spr" else set()
     assert {tag for tag in scalars(folder) if not tag.startswith("diagnostics/")} == tags
     assert sum(tag.startswith("diagnostics/") for tag in scalars(folder)) == 5
     events = EventAccumulator(str(folder))
@@ -304,7 +330,8 @@ def test_a_file_copied_alone_trains_on_pong(path, tmp_path):
     """The file imports nothing of this repository: in an empty folder it learns from real Pong."""
     shutil.copy(path, tmp_path)
     command = [sys.executable, "-I", path.name, "--env-id", "ALE/Pong-v5", "--total-timesteps", "300"]
-    command += ["--learning-starts", "200", "--buffer-size", "1000", "--eval-episodes", "0", "--no-cuda"]
+    command += ["--learning-starts", "280", "--train-frequency", "4", "--buffer-size", "1000", "--eval-episodes", "0"]
+    command += ["--start-e", "1", "--end-e", "1", "--no-cuda"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

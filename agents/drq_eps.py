@@ -1,0 +1,588 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "ale-py==0.12.1", "minatar==1.0.15", "stable-baselines3==2.9.2",
+#   "tyro==1.0.17", "numpy==2.4.6", "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2", "imageio-ffmpeg==0.8.1"]
+# ///
+"""DrQ(eps): DQN with randomly shifted images, for 100,000 steps of data (Kostrikov et al., ICLR 2021).
+
+Read after der.py; differs in (1) the images of a batch, shifted and scaled: augment, (2) a dueling head of plain layers
+and the Huber loss, without noise or distribution, (3) uniform replay, (4) epsilon-greedy exploration.
+Departs from the paper as "Deep reinforcement learning at the edge of the statistical precipice" (Agarwal et al., 2021),
+which named it DrQ(eps), and Dopamine (Castro et al., 2018) do: epsilon to 0.01, and 0.001 in evaluation, gradients that
+are not clipped, SAME padding. The target network equals the online one at every update.
+
+Full scale, 400,000 frames:
+  python agents/drq_eps.py --env-id ALE/Pong-v5
+The 30 million frames of "Small batch deep reinforcement learning" (2023), with a replay of a million (ours):
+  python agents/drq_eps.py --env-id ALE/Pong-v5 --batch-size 8 --total-timesteps 7500000
+A minute on a CPU (the whole MinAtar run has 100000 steps):
+  python agents/drq_eps.py --env-id MinAtar/Breakout-v1 --total-timesteps 15000 --learning-rate 2.5e-4 \
+    --adam-eps 3.125e-4 --image-pad 1
+"""
+
+import copy
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+import torch.nn as nn
+import tyro
+from stable_baselines3.common.buffers import ReplayBuffer
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+AGENT = "drq_eps"
+PACKAGES = ["torch", "gymnasium", "ale-py", "MinAtar", "stable_baselines3", "numpy"]  # that can change results
+LIMITS = {"image_pad": (0, 42)}  # smallest, largest
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+@dataclass
+class RunArgs:
+    exp_name: str = AGENT  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seed of every random generator
+    cuda: bool = True  # use a CUDA device where there is one
+    track: bool = False  # mirror the logs to Weights & Biases (pip install wandb; WANDB_PROJECT names the project)
+    diagnostics_frequency: int = 10_000  # agent steps between reports on the network, under diagnostics/ (0: none)
+    save_model: bool = False  # keep the weights as model.pt in the run folder, before each evaluation
+    eval_episodes: int = 100  # full games in each evaluation (0: no evaluation)
+    eval_frequency: int = 0  # agent steps between evaluations during training (0: evaluate only after it)
+    eval_epsilon: float = 0.001  # share of random actions in evaluation, 0 to 1
+    capture_video: bool = False  # write an MP4 of the first game of each evaluation
+    eval_only: bool = False  # play the weights in --checkpoint; of the flags, only this group's are not read from there
+    checkpoint: str | None = None  # file that --save-model wrote, to play with --eval-only
+
+
+@dataclass
+class EnvironmentArgs:
+    env_id: str = "ALE/Pong-v5"  # game: any ALE/<Game>-v5 or MinAtar/<Game>-v1
+    sticky_actions: float = 0.0  # probability that a frame repeats the previous action (ALE; MinAtar has its own 0.1)
+    noop_max: int = 30  # random no-op frames at the start of a game, fewer than this; 0 for none (ALE)
+    frame_skip: int = 4  # emulator frames per agent step (ALE; MinAtar has 1)
+    max_episode_steps: int = 27_000  # agent steps after which a game is truncated
+    terminal_on_life_loss: bool = True  # end the return and the frame stack, not the game, at a lost life (ALE)
+
+
+@dataclass
+class TrainingArgs:
+    total_timesteps: int = 100_000  # agent steps of training
+    learning_rate: float = 1e-4  # Adam's step size
+    adam_eps: float = 1.5e-4  # Adam's epsilon, the same for every batch size
+    batch_size: int = 32  # transitions per update
+    buffer_size: int = 1_000_000  # transitions kept in the replay (never more than the run has)
+    gamma: float = 0.99  # discount per agent step
+    learning_starts: int = 1_600  # agent steps before the first update
+    train_frequency: int = 1  # agent steps between updates
+    target_network_frequency: int = 1  # agent steps between copies to the target network
+    start_e: float = 1.0  # share of random actions until learning starts, 0 to 1
+    end_e: float = 0.01  # share of random actions after the decay, 0 to 1
+    exploration_steps: int = 5_000  # agent steps of the linear decay of epsilon, once learning has started
+    network: Literal["dopamine", "nature", "dopamine-x4", "impala"] = "dopamine"  # convolutions (ALE; MinAtar has one)
+
+
+@dataclass
+class AlgorithmArgs:
+    n_step: int = 10  # agent steps of reward in a return before it bootstraps
+    prioritized: bool = False  # sample transitions in proportion to their priority
+    image_pad: int = 4  # largest shift of an image in a batch, in pixels (0: none)
+    intensity: float = 0.05  # standard deviation of the factor on an image's brightness
+
+
+@dataclass
+class Args(AlgorithmArgs, TrainingArgs, EnvironmentArgs, RunArgs):
+    """Every flag, flat: `args.batch_size`."""
+
+
+def parse_args() -> Args:
+    """Read the command line, with a box in --help for each group of flags."""
+    groups = {"run": RunArgs, "environment": EnvironmentArgs, "training": TrainingArgs, "algorithm": AlgorithmArgs}
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[make_dataclass("Groups", groups.items())], description=__doc__)
+    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+
+
+def fail(message: str) -> NoReturn:
+    """Answer wrong input: one sentence on stderr, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_args(args: Args) -> None:
+    """Refuse what cannot work before anything is allocated or written. LIMITS has the flags of special range."""
+    may_be_zero = ["seed", "eval_episodes", "eval_frequency", "diagnostics_frequency", "noop_max", "exploration_steps"]
+    for name, value in asdict(args).items():
+        low, high = LIMITS.get(name, (0, 1) if type(value) is float else (int(name not in may_be_zero), 2**31 - 1))
+        if type(value) in (int, float) and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} is {value}, and must be from {low} to {high}.")
+    if args.n_step > (most := min(args.learning_starts, args.max_episode_steps, args.buffer_size // 2 - 6)):
+        fail(f"--n-step {args.n_step}: --learning-starts, --max-episode-steps and --buffer-size allow {most} at most.")
+    if args.eval_only != (args.checkpoint is not None) or args.eval_episodes < (args.eval_only or args.capture_video):
+        fail("--eval-only goes with --checkpoint FILE, and like --capture-video with at least 1 of --eval-episodes.")
+    needed = {"wandb": args.track, "imageio_ffmpeg": args.capture_video, "minatar": "MinAtar/" in args.env_id}
+    for package in [name for name, asked in needed.items() if asked and not importlib.util.find_spec(name)]:
+        fail(f"these flags need the package {package}, which is not installed: pip install {package}")
+
+
+# -------------------------------------------------------------------------------------------------------- environment
+def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
+    """Make a vector of one game: observations (1, 4, 84, 84) uint8 on ALE, (1, channels, 10, 10) bool on MinAtar.
+
+    Rewards are the game's own. A stack has zeros before an episode's first frame. `overrides` are keywords for ALE.
+    """
+    gym.register_envs(ale_py)
+    if importlib.util.find_spec("minatar") and "MinAtar/Breakout-v1" not in gym.registry:
+        importlib.import_module("minatar.gym").register_envs()
+    games = {name.split("/")[1].lower(): name for name in gym.registry if re.match("ALE/.*-v5|MinAtar/.*-v1", name)}
+    if args.env_id not in games.values():
+        near = difflib.get_close_matches(args.env_id.split("/")[-1].lower(), games, cutoff=0.4) or ["pong-v5"]
+        fail(f"{args.env_id!r} is no ALE or MinAtar game of discrete actions: try {' or '.join(map(games.get, near))}.")
+    if args.env_id.startswith("MinAtar/"):
+        rules = {"max_episode_steps": args.max_episode_steps, "sticky_action_prob": 0.1, "difficulty_ramping": True}
+        env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array", **rules)
+        space = gym.spaces.Box(0, 1, np.roll(env.observation_space.shape, 1), bool)  # channels first
+        env = gym.wrappers.TransformObservation(env, lambda obs: obs.transpose(2, 0, 1), space)
+        return gym.vector.SyncVectorEnv([lambda: env])
+    frames = min(args.frame_skip * args.max_episode_steps, 2**31 - 1)
+    length = {"frameskip": args.frame_skip, "max_num_frames_per_episode": frames, "noop_max": args.noop_max}
+    picture = {"maxpool": True, "grayscale": True, "img_height": 84, "img_width": 84, "stack_num": 4}
+    lives = {"episodic_life": False, "life_loss_info": False, "use_fire_reset": False, "reward_clipping": False}
+    actions = {"full_action_space": False, "continuous": False, "repeat_action_probability": args.sticky_actions}
+    kwargs = {"num_envs": 1, "num_threads": 1, **length, **picture, **lives, **actions, **overrides}
+    try:
+        return gym.make_vec(args.env_id, vectorization_mode="vector_entry_point", **kwargs)
+    except (gym.error.Error, OSError, AssertionError, RuntimeError) as error:
+        fail(f"the game {args.env_id} is not installed or could not be started: {' '.join(str(error).split())}")
+
+
+def reset(envs: gym.vector.VectorEnv, seed: int, stream: int, game: int) -> np.ndarray:
+    """Start the game that seed, stream (0: training) and number determine; return its first observation."""
+    if isinstance(envs, gym.vector.SyncVectorEnv):
+        envs.envs[0].unwrapped.game.last_action = 0  # MinAtar's sticky action would outlive the game before
+    return envs.reset(seed=int(np.random.SeedSequence([seed, stream, game]).generate_state(1)[0] >> 1))[0]  # int32
+
+
+class LifeStack(gym.vector.VectorWrapper):
+    """Stack the last 4 frames of make_env(args, stack_num=1), with zeros for those before the life's first."""
+
+    def __init__(self, envs: gym.vector.VectorEnv):
+        super().__init__(envs)
+        self.single_observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        self.frames, self.lives = np.zeros((1, 4, 84, 84), np.uint8), np.zeros(1, int)
+
+    def reset(self, **kwargs) -> tuple[np.ndarray, dict]:
+        obs, infos = self.env.reset(**kwargs)
+        self.frames, self.lives = np.pad(obs, [(0, 0), (3, 0), (0, 0), (0, 0)]), infos["lives"]
+        return self.frames, infos
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        obs, *others, infos = self.env.step(actions)
+        infos["life_lost"] = infos["lives"] < self.lives
+        older = self.frames[:, 1:] * ~infos["life_lost"][:, None, None, None]
+        self.frames, self.lives = np.concatenate([older, obs], axis=1), infos["lives"]
+        return self.frames, *others, infos
+
+
+def make_life_env(args: Args) -> gym.vector.VectorEnv:
+    """Make the game with, where the flag and the family say so, a LifeStack."""
+    lives = args.terminal_on_life_loss and args.env_id.startswith("ALE/")
+    return LifeStack(make_env(args, stack_num=1)) if lives else make_env(args)
+
+
+# ------------------------------------------------------------------------------------------------------------- replay
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (batch, channels, height, width)
+    actions: torch.Tensor  # (batch,) int64
+    next_obs: torch.Tensor  # (batch, channels, height, width) n steps on; zeros after a termination
+    rewards: torch.Tensor  # (batch,) discounted sum of the rewards of n steps, or fewer before a termination
+    discounts: torch.Tensor  # (batch,) gamma**n; 0 after a termination
+    weights: torch.Tensor  # (batch,) importance weights; all 1 without priorities
+    rows: np.ndarray  # (batch,) in the replay
+
+
+class FrameReplay(ReplayBuffer):
+    """SB3's replay with each frame stored once; stacks and n-step returns are built when sampling.
+
+    A row holds s_t's newest frame, a_t, r_t and whether s_{t+1} is terminal; s_{t+1}'s newest frame goes to the next
+    row, where the next step finds it, and stays after a truncation. A row has a priority (is sampled) once its n steps
+    are complete or the episode terminated in them, never across a truncation, until its frames are overwritten.
+    """
+
+    def __init__(self, obs_space: gym.spaces.Box, num_actions: int, args: Args, device, rng: np.random.Generator):
+        self.stack = 1 if obs_space.dtype == bool else obs_space.shape[0]  # MinAtar's channels are one frame
+        frame = gym.spaces.Box(0, 1, (obs_space.shape[0] // self.stack, *obs_space.shape[1:]), obs_space.dtype)
+        row_bytes = math.prod(frame.shape) * frame.dtype.itemsize + 24  # 22 are in use
+        rows = min(args.buffer_size, args.total_timesteps + args.total_timesteps // args.max_episode_steps + 6)
+        gigabytes, free = rows * row_bytes / 1e9, psutil.virtual_memory().available / 1e9
+        if gigabytes > 0.9 * free:
+            most = f"lower --buffer-size to {int(0.9e9 * free / row_bytes):,}."
+            fail(f"the replay takes {gigabytes:.1f} GB and {free:.1f} GB of memory are free: {most}")
+        super().__init__(rows, frame, gym.spaces.Discrete(num_actions), device, 1, True, False)
+        self.actions, self.rewards = np.zeros(rows, np.uint8), np.zeros(rows, np.float32)
+        self.dones, self.age = np.zeros(rows, bool), np.zeros(rows, np.int32)  # terminated; steps since the first
+        self.episode_steps, self.max_priority, self.width = 0, 1.0, math.ceil(math.sqrt(rows))
+        self.priorities, self.sums = np.zeros((self.width, self.width)), np.zeros(self.width)  # a tree of two levels
+        self.prioritized, self.n_step, self.gamma, self.rng = args.prioritized, args.n_step, args.gamma, rng
+
+    def add(self, obs, next_obs, actions, rewards, terminations, truncations) -> None:
+        """Store a step; every argument has a leading axis of one environment."""
+        row, channels = self.pos, self.observations.shape[2]
+        self.set_priorities((row + np.arange(self.stack + 1)) % self.buffer_size, 0)  # their stacks lose a frame
+        self.observations[row, 0] = obs[0, -channels:]
+        self.observations[(row + 1) % self.buffer_size, 0] = next_obs[0, -channels:]
+        self.actions[row], self.rewards[row], self.dones[row] = actions[0], rewards[0], terminations[0]
+        self.age[row] = self.episode_steps
+        complete = np.arange(0 if terminations[0] else self.n_step - 1, min(self.n_step, self.episode_steps + 1))
+        self.set_priorities((row - complete) % self.buffer_size, self.max_priority)  # whose windows this step completes
+        self.episode_steps = 0 if terminations[0] or truncations[0] else self.episode_steps + 1
+        end = row + (2 if truncations[0] and not terminations[0] else 1)
+        self.full, self.pos = self.full or end >= self.buffer_size, end % self.buffer_size
+
+    def set_priorities(self, rows: np.ndarray, priorities: np.ndarray | float) -> None:
+        """Set the priorities of `rows` (k,), and their sums: 0 is never sampled; without --prioritized others are 1."""
+        self.priorities.flat[rows] = priorities
+        self.sums[rows // self.width] = self.priorities[rows // self.width].sum(axis=1)
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draw transitions with replacement: in proportion to their priorities, stratified, or uniformly."""
+        shares = self.rng.random(batch_size)
+        rows = self.find((np.arange(batch_size) + shares) / batch_size if self.prioritized else shares)
+        weights = 1 / np.sqrt(self.priorities.flat[rows] + 1e-10)
+        return self._get_samples(rows, weights / weights.max())
+
+    def find(self, shares: np.ndarray) -> np.ndarray:
+        """Return the rows (k,) in whose slices of the priorities' total the `shares` (k,) of it, from 0 to 1, lie."""
+        ends = self.sums.cumsum()
+        points = shares * ends[-1]
+        blocks = np.minimum(np.searchsorted(ends, points, "right"), np.searchsorted(ends, ends[-1]))
+        inner = self.priorities[blocks].cumsum(axis=1)  # (k, width)
+        rest = (points - np.append(0, ends)[blocks])[:, None]
+        places = np.minimum((inner <= rest).sum(axis=1), (inner < inner[:, -1:]).sum(axis=1))
+        return blocks * self.width + places  # both minima keep rounding from leading past the last priority
+
+    def _get_samples(self, rows: np.ndarray, weights: np.ndarray) -> Batch:
+        window = (rows[:, None] + np.arange(self.n_step)) % self.buffer_size  # (batch, n)
+        alive = np.cumprod(np.insert(~self.dones[window], 0, True, axis=1), axis=1)  # (batch, n + 1), before each step
+        rewards = (self.rewards[window] * alive[:, :-1] * self.gamma ** np.arange(self.n_step)).sum(axis=1)
+        next_obs = self._get_stacks(rows + self.n_step, np.where(alive[:, -1], self.age[rows] + self.n_step, -1))
+        obs, next_obs = [self.to_torch(x, False) for x in (self._get_stacks(rows, self.age[rows]), next_obs)]
+        floats = [self.to_torch(x).float() for x in (rewards, self.gamma**self.n_step * alive[:, -1], weights)]
+        return Batch(obs, self.to_torch(self.actions[rows]).long(), next_obs, *floats, rows)
+
+    def _get_stacks(self, rows: np.ndarray, age: np.ndarray) -> np.ndarray:
+        """Gather the observations at `rows` (batch,), with zeros for the frames that are older than the episode."""
+        back = np.arange(self.stack)[::-1]  # oldest first
+        frames = self.observations[(rows[:, None] - back) % self.buffer_size, 0]  # (batch, stack, channels, h, w)
+        frames[back > age[:, None]] = 0
+        return frames.reshape(len(rows), -1, *frames.shape[3:])
+
+    def update_priorities(self, rows: np.ndarray, losses: torch.Tensor) -> None:
+        """Set the priorities of the sampled `rows` (batch,) to sqrt(loss + 1e-10)."""
+        priorities = np.sqrt(losses.detach().cpu().numpy() + 1e-10)
+        self.set_priorities(rows, priorities)
+        self.max_priority = max(self.max_priority, float(priorities.max()))
+
+    def probe(self, rng: np.random.Generator) -> torch.Tensor:
+        """Draw 256 observations that can be sampled, with replacement, uniformly whatever their priorities."""
+        rows = rng.choice(np.flatnonzero(self.priorities), 256)
+        return self.to_torch(self._get_stacks(rows, self.age[rows]), False)
+
+
+# ------------------------------------------------------------------------------------------------------------ network
+class Residual(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+
+def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequential, int, int]:
+    """Return the convolutions, the length of their flattened output, and the width of the dense layer on top."""
+    inputs, layers, width = obs_shape[0], [], 512
+    if obs_shape[1:] == (10, 10):  # MinAtar: Young and Tian, 2019
+        layers, width = [nn.Conv2d(inputs, 16, 3)], 128
+    elif network == "impala":  # Espeholt et al., 2018, figure 3: 84 -> 42 -> 21 -> 11
+        for channels, padding in [(16, 0), (32, 0), (32, 1)]:  # as SAME pads 84, 42 and 21
+            layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.MaxPool2d(3, 2, padding, ceil_mode=True)]
+            convs = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(4)]
+            layers += [Residual(nn.ReLU(), convs[i], nn.ReLU(), convs[i + 1]) for i in (0, 2)]
+            inputs = channels
+    else:
+        same, wide = network != "nature", 4 if network == "dopamine-x4" else 1  # 84 -> 21 -> 11 -> 11 or 20 -> 9 -> 7
+        layers = [nn.Conv2d(inputs, 32 * wide, 8, 4, padding=2 * same), nn.ReLU()]
+        layers += [nn.ZeroPad2d((1, 2, 1, 2) if same else 0), nn.Conv2d(32 * wide, 64 * wide, 4, 2), nn.ReLU()]
+        layers += [nn.Conv2d(64 * wide, 64 * wide, 3, padding=1 * same)]
+    convolutions = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+    return convolutions, convolutions(torch.zeros(1, *obs_shape)).shape[1], width
+
+
+class DuelingNetwork(nn.Module):  # output (batch, actions)
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args):
+        super().__init__()
+        self.convolutions, size, width = make_convolutions(obs_shape, args.network)
+        self.dense = nn.Sequential(nn.Linear(size, width), nn.ReLU())
+        self.head, self.value = nn.Linear(width, num_actions), nn.Linear(width, 1)
+        generator = torch.Generator().manual_seed(args.seed)
+        for layer in [module for module in self.modules() if isinstance(module, nn.Conv2d | nn.Linear)]:
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        x = obs / 255 if obs.dtype == torch.uint8 else obs.float()  # MinAtar's are 0 and 1
+        features = self.dense(self.convolutions(x))
+        advantage = self.head(features)
+        return self.value(features) + advantage - advantage.mean(dim=1, keepdim=True)  # Wang et al., eq. 9
+
+    def q_values(self, obs: torch.Tensor, _rng: np.random.Generator) -> torch.Tensor:
+        return self(obs)  # (batch, actions); other agents' networks draw noise or quantiles here
+
+
+def augment(obs: torch.Tensor, image_pad: int, intensity: float, rng: np.random.Generator) -> torch.Tensor:
+    """Shift every image of (batch, channels, side, side) by up to `image_pad` pixels, and scale its brightness.
+
+    An image has one shift and one factor for all its channels; what is shifted in repeats the edge. Returns floats, 0
+    to 1 times 1 + intensity * a Gaussian clipped to +-2: the shifts and intensities of Kostrikov et al., 2021.
+    """
+    count, channels, side, _ = obs.shape
+    shifts = torch.from_numpy(rng.integers(-image_pad, image_pad + 1, size=(2, count, 1))).to(obs.device)
+    factors = 1 + intensity * torch.from_numpy(rng.standard_normal(count, np.float32)).to(obs.device).clamp(-2, 2)
+    rows, columns = (torch.arange(side, device=obs.device) + shifts).clamp(0, side - 1)  # (batch, side) both
+    pixels = (rows[:, :, None] * side + columns[:, None, :]).flatten(1)[:, None].expand(-1, channels, -1)
+    obs = obs.flatten(2).gather(2, pixels).unflatten(2, (side, side))
+    return (obs / 255 if obs.dtype == torch.uint8 else obs.float()) * factors[:, None, None, None]
+
+
+# ------------------------------------------------------------------------------------------ act, the target, the loss
+def act(q_network: nn.Module, obs: np.ndarray, epsilon: float, num_actions: int, rng: np.random.Generator, device):
+    """Choose an action epsilon-greedily: an array of shape (1,)."""
+    if rng.random() < epsilon:
+        return rng.integers(num_actions, size=1)
+    with torch.inference_mode():
+        return q_network.q_values(torch.from_numpy(obs).to(device), rng).argmax(dim=1).cpu().numpy()
+
+
+def huber_loss(q_network: nn.Module, batch: Batch, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the Huber loss (threshold 1) of every transition and Q of the actions taken, both (batch,)."""
+    q_values = q_network(batch.obs).gather(1, batch.actions[:, None])[:, 0]
+    return nn.functional.huber_loss(q_values, targets, reduction="none"), q_values
+
+
+@torch.no_grad()
+def double_target(q_network: nn.Module, target_network: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return r + gamma Q(s', argmax_a Q(s', a; theta); theta^-), (batch,): van Hasselt et al., 2016, eq. 4."""
+    best = q_network(batch.next_obs).argmax(dim=1, keepdim=True)
+    return batch.rewards + batch.discounts * target_network(batch.next_obs).gather(1, best)[:, 0]
+
+
+# ------------------------------------------------------------------------------ diagnostics, evaluation and checkpoints
+@torch.no_grad()
+def diagnose(q_network: nn.Module, obs: torch.Tensor, updates: list, rng: np.random.Generator) -> dict[str, float]:
+    """Measure the `updates` since the last report, (loss, gradient norm), and the network on a probe batch `obs`."""
+    probed, outputs = copy.deepcopy(q_network).eval(), {}
+    for module in [m for m in probed.modules() if type(m) is nn.ReLU or m in (probed.dense, probed.convolutions)]:
+        module.register_forward_hook(lambda module, _, output: outputs.update({module: output}))
+    probed.q_values(obs, rng)
+    losses, gradient_norms = [torch.stack(series) for series in zip(*updates, strict=True)]
+    # srank: Kumar et al., 2021, delta 0.01; dormant neurons or channels: Sokar et al., 2023, definition 3.1, tau 0.025
+    singular = torch.linalg.svdvals(outputs[probed.dense].unflatten(0, (len(obs), -1)).mean(dim=1))  # iqn's over tau
+    layers = [x.movedim(1, 0).flatten(1).abs().mean(dim=1) for module, x in outputs.items() if type(module) is nn.ReLU]
+    return {
+        "diagnostics/loss_variance": losses.var(correction=0).item(),
+        "diagnostics/gradient_norm": gradient_norms.mean().item(),
+        "diagnostics/representation_norm": outputs[probed.convolutions].norm(dim=1).mean().item(),
+        "diagnostics/srank": 1 + (singular.cumsum(0) < 0.99 * singular.sum()).sum().item(),
+        "diagnostics/dormant_neurons": torch.cat([x <= 0.025 * x.mean() for x in layers]).float().mean().item(),
+    }
+
+
+def evaluate(envs, q_network: nn.Module, args: Args, device, step: int, video: Path) -> np.ndarray:
+    """Play games of their own, given the step of the run; return their raw returns (eval_episodes,); film the first."""
+    rng, player = np.random.default_rng([args.seed, 1 + step]), copy.deepcopy(q_network).eval()
+    returns, first_game = np.zeros(args.eval_episodes), []
+    for episode in range(args.eval_episodes):
+        obs, done = reset(envs, args.seed, 1 + step, episode), False
+        while not done:
+            actions = act(player, obs, args.eval_epsilon, envs.single_action_space.n, rng, device)
+            obs, rewards, terminations, truncations, _ = envs.step(actions)
+            returns[episode], done = returns[episode] + rewards[0], terminations[0] or truncations[0]
+            first_game += [actions] if episode == 0 else []
+    tqdm.write(f"evaluation at step {step:,}: mean return {returns.mean():.2f} of {returns.tolist()}")
+    if args.capture_video:
+        film(video, args, 1 + step, first_game)
+    return returns
+
+
+def film(path: Path, args: Args, stream: int, game: list[np.ndarray]) -> None:
+    """Play the actions of a game once more, in an emulator that shows itself in colour, and write an MP4."""
+    envs = make_env(args, grayscale=False, stack_num=1, img_height=210, img_width=160)
+    obs, size = reset(envs, args.seed, stream, 0), (320, 420) if "ALE/" in args.env_id else (160, 160)
+    path.parent.mkdir(exist_ok=True)
+    mp4 = importlib.import_module("imageio_ffmpeg").write_frames(str(path), size, fps=15, macro_block_size=2)
+    mp4.send(None)
+    for actions in game:
+        image = obs[0, 0] if "ALE/" in args.env_id else (envs.render()[0] * 255).astype(np.uint8)
+        mp4.send(image.repeat(size[0] // image.shape[1], axis=0).repeat(size[0] // image.shape[1], axis=1))
+        obs = envs.step(actions)[0]
+    mp4.close()
+    tqdm.write(f"video: {path}")
+
+
+def save_checkpoint(path: Path, q_network: nn.Module, args: Args, global_step: int) -> None:
+    """Write weights and flags aside, sync, then rename: a file under this name is always whole."""
+    state = {"agent": AGENT, "args": asdict(args), "global_step": global_step, "weights": q_network.state_dict()}
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(args: Args) -> tuple[Args, int, dict]:
+    """Return the flags in --checkpoint (those of the run group stay `args`'), its step and its weights."""
+    try:
+        state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+        if (agent := state["agent"]) != AGENT:
+            fail(f"{args.checkpoint} is a checkpoint of {agent}, not of {AGENT}: play it with agents/{agent}.py.")
+        mine = {field.name: getattr(args, field.name) for field in fields(RunArgs)}
+        return replace(args, **state["args"] | mine), state["global_step"], state["weights"]
+    except OSError as error:
+        fail(f"{args.checkpoint} could not be read: {error.strerror}.")
+    except Exception:  # torch.load has a dozen ways to say that a file is damaged or foreign
+        fail(f"{args.checkpoint} is damaged, or no checkpoint of these agents.")
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def make_run_folder(args: Args, device) -> tuple[Path, SummaryWriter]:
+    """Make a new run folder that holds args.json and a TensorBoard log with the same facts."""
+    name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder, here = Path("runs") / name, Path(__file__).resolve().parent
+    sha = subprocess.run("git log -1 --format=%H", shell=True, cwd=here, capture_output=True, text=True).stdout.strip()
+    packages = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES}
+    record = {"agent": AGENT, "args": asdict(args), "python": sys.version.split()[0], "packages": packages}
+    record |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "git_commit": sha or None}
+    record |= {"threads": torch.get_num_threads(), "frames_per_step": args.frame_skip if "ALE/" in args.env_id else 1}
+    try:
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps(record, indent=2))
+    except OSError as error:
+        fail(f"the run folder {folder} could not be made: {error.strerror}.")
+    if args.track:
+        importlib.import_module("wandb").init(name=name, dir=str(folder), config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(str(folder))
+    for title, table in {"hyperparameters": record.pop("args"), "environment": record}.items():
+        writer.add_text(title, "|name|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in table.items()))
+    metrics = {"charts/episodic_return": 0, "eval/episodic_return": 0}
+    for summary in torch.utils.tensorboard.summary.hparams(asdict(args) | {"checkpoint": ""}, metrics):
+        writer.file_writer.add_summary(summary)
+    return folder, writer
+
+
+def train(args: Args) -> Path | np.ndarray:
+    """Train, evaluate and return the run folder; with --eval-only just play, and return the returns."""
+    check_args(args)
+    if args.eval_only:
+        args, global_step, weights = load_checkpoint(args)
+        check_args(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    envs = make_life_env(args)
+    obs_space, num_actions = envs.single_observation_space, int(envs.single_action_space.n)
+    q_network = DuelingNetwork(obs_space.shape, num_actions, args).to(device)
+    if args.eval_only:
+        q_network.load_state_dict(weights)
+        video = Path(args.checkpoint).with_suffix(f".{datetime.now():%Y%m%d-%H%M%S}.mp4")
+        return evaluate(make_life_env(args), q_network, args, device, global_step, video)
+
+    target_network = copy.deepcopy(q_network)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
+    rng, replay_rng, probe_rng = [np.random.default_rng([args.seed, 0, stream]) for stream in range(3)]
+    augment_rng = np.random.default_rng([args.seed, 0, 3])
+    replay = FrameReplay(obs_space, num_actions, args, device, replay_rng)
+    folder, writer = make_run_folder(args, device)
+    print(f"run folder: {folder} ({device})", flush=True)
+    bar = tqdm(total=args.total_timesteps, unit=" steps", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    obs, episode, episodic_return, episodic_length, last_return = reset(envs, args.seed, 0, 0), 0, 0.0, 0, math.nan
+    loss, updates, scalars, start = None, [], {}, time.monotonic()
+    for global_step in range(1, args.total_timesteps + 1):
+        last = global_step == args.total_timesteps
+        # ------------------------------------------------------------------------------------------------------ act
+        decay = (global_step - args.learning_starts) / max(args.exploration_steps, 1)
+        epsilon = args.start_e + (args.end_e - args.start_e) * min(max(decay, 0.0), 1.0)
+        actions = act(q_network, obs, epsilon, num_actions, rng, device)
+        # ----------------------------------------------------------------------------------------------------- step
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
+        episodic_return, episodic_length = episodic_return + float(rewards[0]), episodic_length + 1
+        # ---------------------------------------------------------------------------------------------------- store
+        ended = terminations | infos.get("life_lost", False)  # for the learner; the game itself goes on
+        replay.add(obs, next_obs, actions, np.clip(rewards, -1, 1), ended, truncations)
+        obs = next_obs
+        if terminations[0] or truncations[0]:
+            scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
+            last_return, episode, episodic_return, episodic_length = episodic_return, episode + 1, 0.0, 0
+            obs = reset(envs, args.seed, 0, episode)  # in place of an autoreset step
+        # ---------------------------------------------------------------------------------------------------- learn
+        if global_step > args.learning_starts and global_step % args.train_frequency == 0:
+            batch = replay.sample(args.batch_size)
+            images = [augment(x, args.image_pad, args.intensity, augment_rng) for x in (batch.obs, batch.next_obs)]
+            batch = batch._replace(obs=images[0], next_obs=images[1])
+            losses, q_values = huber_loss(q_network, batch, double_target(q_network, target_network, batch))
+            loss = (batch.weights * losses).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            if args.diagnostics_frequency:
+                gradients = [parameter.grad.flatten() for parameter in q_network.parameters()]
+                updates.append((loss.detach(), sum(gradient.dot(gradient) for gradient in gradients).sqrt()))
+            optimizer.step()
+            if args.prioritized:
+                replay.update_priorities(batch.rows, losses)
+        # --------------------------------------------------------------------------------------------------- target
+        if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
+            target_network.load_state_dict(q_network.state_dict())
+        # ------------------------------------------------------------------------------------------------------ log
+        status = f"return {last_return:.1f}, epsilon {epsilon:.3f}"
+        bar.set_postfix_str(status, refresh=False)
+        bar.update()
+        if bar.disable and (global_step % 10_000 == 0 or last):  # output is no terminal: a plain line now and then
+            meter = {"elapsed": time.monotonic() - start, "ncols": 0, "unit": " steps", "postfix": status}
+            print(tqdm.format_meter(global_step, args.total_timesteps, **meter), flush=True)
+        reporting = updates and global_step % args.diagnostics_frequency == 0
+        if global_step % 1_000 == 0 or reporting or last:
+            scalars |= {"charts/epsilon": epsilon, "charts/SPS": global_step / (time.monotonic() - start)}
+            if loss is not None:
+                scalars |= {"losses/td_loss": loss.item(), "losses/q_values": q_values.mean().item()}
+                if not math.isfinite(scalars["losses/td_loss"]):
+                    writer.close()
+                    fail(f"the loss is {loss.item()} at step {global_step:,}: the run in {folder} is stopped.")
+        if reporting:
+            scalars |= diagnose(q_network, replay.probe(probe_rng), updates, probe_rng)
+            updates.clear()
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, global_step)
+        scalars.clear()
+        # ----------------------------------------------------------------------------------------------- checkpoint
+        evaluating = last or (args.eval_frequency and global_step % args.eval_frequency == 0)
+        if evaluating and args.save_model:
+            save_checkpoint(folder / "model.pt", q_network, args, global_step)
+        if evaluating and args.eval_episodes:
+            video = folder / f"videos/step-{global_step}.mp4"
+            returns = evaluate(make_life_env(args), q_network, args, device, global_step, video)
+            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+    bar.close()
+    writer.close()
+    print(f"run folder: {folder}", flush=True)
+    return folder
+
+
+if __name__ == "__main__":
+    train(parse_args())
