@@ -205,6 +205,63 @@ def test_rainbow_against_a_loop(rainbow, double):
     assert online.values.grad is not None and target.values.grad is None
 
 
+def test_c51_with_double_q_against_a_loop(der, spr):
+    """der's loss and spr's are the same functions of the same numbers; spr's has the latents as its input."""
+    rng = np.random.default_rng(0)
+    states, actions_, n, size = 20, 3, 21, 32
+    online = Atoms(rng.normal(size=(states, actions_, n)), -5, 5)
+    target = Atoms(rng.normal(size=(states, actions_, n)), -5, 5)
+    online.distributions = online.forward
+    obs, next_obs = rng.integers(states, size=size), rng.integers(states, size=size)
+    actions, rewards = rng.integers(actions_, size=size), rng.normal(size=size)
+    discounts = rng.choice([0, 0.97], size=size)
+    batch = make_batch(der, obs, actions, next_obs, rewards, discounts)
+    targets = der.c51_target(online, target, batch)
+    assert torch.equal(targets, spr.c51_target(online, target, batch))
+    losses, q_values = der.c51_loss(online, batch, targets)
+    also = spr.latent_loss(online, batch.obs, batch, targets)
+    assert torch.equal(losses, also[0]) and torch.equal(q_values, also[1])
+
+    def softmax(x):
+        x = np.exp(x.astype(np.float64))
+        return x / x.sum()
+
+    tables = {"online": online.values.detach().numpy(), "target": target.values.detach().numpy()}
+    support = np.linspace(-5, 5, n)
+    for b in range(size):
+        means = [softmax(tables["online"][next_obs[b]][a]) @ support for a in range(actions_)]
+        chosen = softmax(tables["target"][next_obs[b], means.index(max(means))])
+        expected = brute_force_projection(chosen[None], rewards[b : b + 1], discounts[b : b + 1], support)[0]
+        predicted = softmax(tables["online"][obs[b], actions[b]])
+        np.testing.assert_allclose(targets[b].numpy(), expected, atol=1e-5)
+        assert losses[b].item() == pytest.approx(-(expected * np.log(predicted)).sum(), rel=1e-4)
+        assert q_values[b].item() == pytest.approx(predicted @ support, abs=1e-4)
+    losses.sum().backward()
+    assert online.values.grad is not None and target.values.grad is None
+
+
+def test_drq_against_a_loop(drq_eps):
+    """Huber loss of r + gamma Q(s', argmax of the online Q; target): squared within 1, then linear."""
+    rng = np.random.default_rng(0)
+    online, target = rng.normal(0, 2, size=(2, 50, 5)).astype(np.float32)
+    obs, next_obs, actions = rng.integers(50, size=64), rng.integers(50, size=64), rng.integers(5, size=64)
+    rewards, discounts = rng.normal(size=64), rng.choice([0, 0.99**10], size=64)
+    batch = make_batch(drq_eps, obs, actions, next_obs, rewards, discounts)
+    table, frozen = Table(online), Table(target)
+    losses, q_values = drq_eps.huber_loss(table, batch, drq_eps.double_target(table, frozen, batch))
+    kinds = set()
+    for i in range(64):
+        best = max(range(5), key=lambda a: online[next_obs[i], a])
+        error = rewards[i] + discounts[i] * float(target[next_obs[i], best]) - float(online[obs[i], actions[i]])
+        kinds.add(abs(error) <= 1)
+        expected = 0.5 * error**2 if abs(error) <= 1 else abs(error) - 0.5
+        assert losses[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert q_values[i].item() == pytest.approx(float(online[obs[i], actions[i]]))
+    assert kinds == {True, False}
+    losses.sum().backward()
+    assert table.values.grad is not None and frozen.values.grad is None
+
+
 def test_double_takes_the_online_networks_action_and_the_target_networks_value(rainbow, iqn):
     """Online prefers action 0, target action 1; without distributions the target is 1 + 0.5 * the chosen value."""
     online, target = Atoms([[[9.0], [0.0]]], -1, 1), Atoms([[[2.0], [4.0]]], -1, 1)

@@ -25,19 +25,28 @@ WIDE = convolution(4, 128, 8) + convolution(128, 256, 4) + convolution(256, 256,
 IMPALA = residual_stack(4, 16) + residual_stack(16, 32) + residual_stack(32, 32)
 FEATURES = {"dopamine": 11 * 11 * 64, "nature": 7 * 7 * 64, "dopamine-x4": 11 * 11 * 256, "impala": 11 * 11 * 32}
 PARAMETERS = {"dopamine": NARROW, "nature": NARROW, "dopamine-x4": WIDE, "impala": IMPALA}
-OUTPUTS = {"dqn": 1, "qrdqn": 200, "rainbow": 51, "iqn": 1}  # per action
+CHANNELS = {"dopamine": 64, "nature": 64, "dopamine-x4": 256, "impala": 32, "MinAtar": 16}  # of the last convolution
+OUTPUTS = {"dqn": 1, "qrdqn": 200, "rainbow": 51, "iqn": 1, "der": 51, "drq_eps": 1, "spr": 51}  # per action
+VALUES = {"der": 51, "drq_eps": 1, "spr": 51}  # of a dueling head
 
 
-def dense(features, width, actions, agent):
+def dense(features, width, actions, agent, channels):
     """Parameters of what stands on top of the convolutions."""
-    embedding = (64 + 1) * features if agent == "iqn" else 0
-    return embedding + (features + 1) * width + (width + 1) * actions * OUTPUTS[agent]
+    found = (features + 1) * width + (width + 1) * (actions * OUTPUTS[agent] + VALUES.get(agent, 0))
+    if agent == "iqn":
+        found += (64 + 1) * features  # the embedding
+    if agent in ("der", "spr"):
+        found *= 2  # each weight and bias has a sigma
+    if agent == "spr":
+        transition = convolution(channels + actions, channels, 3) + convolution(channels, channels, 3)
+        found += transition + (width + 1) * width  # and the predictor
+    return found
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_atari_networks(agent, name):
     network = make_network(agent, network=name)
-    expected = PARAMETERS[name] + dense(FEATURES[name], 512, 6, agent.AGENT)
+    expected = PARAMETERS[name] + dense(FEATURES[name], 512, 6, agent.AGENT, CHANNELS[name])
     assert sum(p.numel() for p in network.parameters()) == expected
     obs = torch.randint(0, 256, (5, *ALE), dtype=torch.uint8)
     sizes, x = [], obs / 255
@@ -48,13 +57,14 @@ def test_atari_networks(agent, name):
     assert sizes == {"nature": [20, 9, 7], "impala": [42, 21, 11]}.get(name, [21, 11, 11])
     assert x.shape == (5, FEATURES[name])
     output = network(obs, torch.rand(5, 7)) if agent.AGENT == "iqn" else network(obs)
-    assert output.shape == {"dqn": (5, 6), "iqn": (5, 6, 7)}.get(agent.AGENT, (5, 6, OUTPUTS[agent.AGENT]))
+    shapes = {"dqn": (5, 6), "drq_eps": (5, 6), "iqn": (5, 6, 7)}
+    assert output.shape == shapes.get(agent.AGENT, (5, 6, OUTPUTS[agent.AGENT]))
     assert network.q_values(obs, np.random.default_rng(0)).shape == (5, 6)
 
 
 def test_minatar_network(agent):
     network = make_network(agent, MINATAR, 3)
-    expected = convolution(4, 16, 3) + dense(8 * 8 * 16, 128, 3, agent.AGENT)
+    expected = convolution(4, 16, 3) + dense(8 * 8 * 16, 128, 3, agent.AGENT, CHANNELS["MinAtar"])
     assert sum(p.numel() for p in network.parameters()) == expected
     obs = torch.zeros(2, *MINATAR, dtype=torch.bool)
     assert network.q_values(obs, np.random.default_rng(0)).shape == (2, 3)
@@ -113,14 +123,18 @@ def test_pixels_are_scaled_and_booleans_are_not(agent):
 
 
 def test_initialisation(agent):
-    """Xavier uniform for dqn; uniform with variance 1 / (sqrt(3) fan_in) for the others; biases zero; seeded."""
+    """Xavier uniform, for rainbow, qrdqn and iqn uniform with variance 1 / (sqrt(3) fan_in); biases zero; seeded.
+
+    Noisy layers have a test of their own.
+    """
     network = make_network(agent, seed=5)
     for layer in network.modules():
-        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear) and not hasattr(layer, "sigma_weight"):
             area = layer.kernel_size[0] ** 2 if isinstance(layer, torch.nn.Conv2d) else 1
             fan_in, fan_out = layer.weight.shape[1] * area, layer.weight.shape[0] * area
-            variance = 2 / (fan_in + fan_out) if agent.AGENT == "dqn" else 1 / (math.sqrt(3) * fan_in)
-            assert layer.weight.var().item() == pytest.approx(variance, rel=0.08)
+            narrow = agent.AGENT in ("rainbow", "qrdqn", "iqn")
+            variance = 1 / (math.sqrt(3) * fan_in) if narrow else 2 / (fan_in + fan_out)
+            assert layer.weight.var().item() == pytest.approx(variance, rel=0.12 if fan_out == 1 else 0.08)
             limit = math.sqrt(3 * variance)
             assert 0.95 * limit < layer.weight.abs().max().item() <= limit
             assert not layer.bias.any()
@@ -182,17 +196,19 @@ def test_noisy_layer(rainbow):
     np.testing.assert_allclose(layer(torch.tensor(x).float()).detach().numpy(), expected, atol=1e-4)
 
 
-def test_noisy_layers_begin_as_the_protocol_says(rainbow):
-    """mu, weights and biases, uniform in +-1/sqrt(fan_in); sigma = 0.1 / sqrt(fan_in); all dense layers are noisy."""
-    network = make_network(rainbow, noisy=True, dueling=True)
+@pytest.mark.parametrize(("name", "sigma_0"), [("rainbow", 0.1), ("der", 0.1), ("spr", 0.5)])
+def test_noisy_layers_begin_as_the_protocol_says(name, sigma_0, request):
+    """mu, weights and biases, uniform in +-1/sqrt(fan_in); sigma = sigma0 / sqrt(fan_in); every dense layer."""
+    module = request.getfixturevalue(name)
+    network = make_network(module, **({"noisy": True, "dueling": True} if name == "rainbow" else {}))
     for layer in (network.dense[0], network.head, network.value):
-        assert isinstance(layer, rainbow.NoisyLinear)
+        assert isinstance(layer, module.NoisyLinear)
         limit = 1 / math.sqrt(layer.in_features)
         for mu in (layer.weight, layer.bias):
             assert mu.var().item() == pytest.approx(limit**2 / 3, rel=0.35 if mu is layer.bias else 0.08)
             assert 0.9 * limit < mu.abs().max().item() <= limit
         for sigma in (layer.sigma_weight, layer.sigma_bias):
-            np.testing.assert_allclose(sigma.detach().numpy(), 0.1 * limit, rtol=1e-6)
+            np.testing.assert_allclose(sigma.detach().numpy(), sigma_0 * limit, rtol=1e-6)
 
 
 def test_noise_is_drawn_for_acting_and_never_in_evaluation(rainbow):
@@ -219,13 +235,15 @@ def test_networks_share_a_draw_of_noise(rainbow):
     assert not any(torch.equal(a.noise, b.noise) for a, b in pairs)
 
 
-@pytest.mark.parametrize("distributional", [False, True])
-def test_dueling_subtracts_the_mean_advantage(rainbow, distributional):
+@pytest.mark.parametrize("name", ["rainbow", "rainbow without C51", "der", "drq_eps", "spr"])
+def test_dueling_subtracts_the_mean_advantage(name, request):
     """Q(s, a) = V(s) + A(s, a) - mean over a of A(s, a), for every atom: Wang et al., 2016, eq. 9."""
-    network = make_network(rainbow, MINATAR, 3, dueling=True, distributional=distributional)
+    flags = {"dueling": True, "distributional": " " not in name} if "rainbow" in name else {}
+    network = make_network(request.getfixturevalue(name.split(" ")[0]), MINATAR, 3, **flags)
     obs = torch.rand(4, *MINATAR, generator=torch.Generator().manual_seed(0))
-    features = network.dense(network.convolutions(obs))
-    output, atoms = network(obs).detach().numpy(), 51 if distributional else 1
+    features = network.dense(network.encode(obs) if name == "spr" else network.convolutions(obs))
+    atoms = 1 if name in ("rainbow without C51", "drq_eps") else 51
+    output = network(obs).detach().numpy().reshape(4, 3, atoms)
     value = (features @ network.value.weight.T + network.value.bias).detach().numpy()
     advantage = (features @ network.head.weight.T + network.head.bias).detach().numpy().reshape(4, 3, atoms)
     for b in range(4):
