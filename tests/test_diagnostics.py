@@ -48,6 +48,9 @@ def activations_of(agent, network, obs, tau):
         phi = (cosines @ network.embedding[0].weight.T + network.embedding[0].bias).clamp(min=0)
         layers.append(phi)
         x = x.repeat_interleave(tau.shape[1], dim=0) * phi
+    if agent.AGENT == "spr":
+        low, high = x.min(dim=1, keepdim=True).values, x.max(dim=1, keepdim=True).values
+        x = (x - low) / (high - low + 1e-5)
     features = (x @ network.dense[0].weight.T + network.dense[0].bias).clamp(min=0)
     layers.append(features)
     return [layer.detach().numpy() for layer in layers], features.detach().numpy(), representation.detach().numpy()
@@ -102,7 +105,10 @@ def test_srank_of_known_ranks(dqn, rank):
 
 @pytest.mark.parametrize("name", ["dopamine", "impala"])
 def test_every_layer_but_the_head_is_counted(agent, name):
-    """Atari's networks: three convolutions (or impala's 13 ReLUs) and the dense layer; iqn's embedding as well."""
+    """Atari's networks: three convolutions (or impala's 13 ReLUs) and the dense layer; iqn's embedding as well.
+
+    spr's transition model has no part in Q, and is not counted.
+    """
     network = make_network(agent, network=name)
     seen = {"dopamine": 32 + 64 + 64, "impala": 2 * 2 * (16 + 32 + 32) + 32}[name] + 512
     seen += {"dopamine": 7744, "impala": 3872}[name] if agent.AGENT == "iqn" else 0
@@ -110,7 +116,7 @@ def test_every_layer_but_the_head_is_counted(agent, name):
         for parameter in network.parameters():
             parameter.zero_()
     with torch.no_grad():  # one channel of the last convolution lives: one unit of all is not dormant
-        convs = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+        convs = [m for m in network.convolutions.modules() if isinstance(m, torch.nn.Conv2d)]
         convs[-1].bias[0] = 1
     obs = torch.zeros(8, 4, 84, 84, dtype=torch.uint8)
     found = agent.diagnose(network, obs, [torch.ones(2)], np.random.default_rng(0))
@@ -136,8 +142,10 @@ def test_diagnostics_of_a_run(agent, monkeypatch, tmp_path):
     folder = agent.train(args).resolve()
     monkeypatch.undo()
     logged = scalars(folder)
-    assert len(losses) == 125
-    parts = [slice(0, 25), slice(25, 75), slice(75, 125)]  # updates at steps 104 ... 200, ... 400, ... 600
+    each = 2 if agent.AGENT == "spr" else 1
+    assert len(losses) == 125 * each
+    ends = [0, 25 * each, 75 * each, 125 * each]  # updates at steps 104 ... 200, ... 400, ... 600
+    parts = [slice(first, last) for first, last in zip(ends, ends[1:], strict=False)]
     variances = [(step, np.var(losses[part])) for step, part in zip((200, 400, 600), parts, strict=True)]
     norms = [(step, np.mean(gradients[part])) for step, part in zip((200, 400, 600), parts, strict=True)]
     for tag, expected in (("loss_variance", variances), ("gradient_norm", norms)):
