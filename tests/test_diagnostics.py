@@ -1,5 +1,7 @@
 """The five diagnostics, each against its definition by a slow independent computation."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -145,7 +147,7 @@ def test_diagnostics_of_a_run(agent, monkeypatch, tmp_path):
     each = 2 if agent.AGENT == "spr" else 1
     assert len(losses) == 125 * each
     ends = [0, 25 * each, 75 * each, 125 * each]  # updates at steps 104 ... 200, ... 400, ... 600
-    parts = [slice(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+    parts = [slice(first, last) for first, last in itertools.pairwise(ends)]
     variances = [(step, np.var(losses[part])) for step, part in zip((200, 400, 600), parts, strict=True)]
     norms = [(step, np.mean(gradients[part])) for step, part in zip((200, 400, 600), parts, strict=True)]
     for tag, expected in (("loss_variance", variances), ("gradient_norm", norms)):
