@@ -173,18 +173,25 @@ def test_projection_corner_cases(rainbow):
     assert project(-2.0, 0.0) == [1, 0, 0, 0, 0]  # on the lower end
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_rainbow_against_a_loop(rainbow, double):
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize(("name", "double"), [("rainbow", False), ("rainbow", True), ("der", True), ("spr", True)])
+def test_c51_against_a_loop(name, double, request):
+    """The same function of the same numbers in three files; spr's loss has the latents as its input."""
+    module, rng = request.getfixturevalue(name), np.random.default_rng(0)
     states, actions_, n, size = 20, 3, 21, 32
     online = Atoms(rng.normal(size=(states, actions_, n)), -5, 5)
     target = Atoms(rng.normal(size=(states, actions_, n)), -5, 5)
+    online.distributions = online.forward
     obs, next_obs = rng.integers(states, size=size), rng.integers(states, size=size)
     actions, rewards = rng.integers(actions_, size=size), rng.normal(size=size)
     discounts = rng.choice([0, 0.97], size=size)
-    batch = make_batch(rainbow, obs, actions, next_obs, rewards, discounts)
-    targets = rainbow.rainbow_target(online, target, batch, double)
-    losses, q_values = rainbow.rainbow_loss(online, batch, targets)
+    batch = make_batch(module, obs, actions, next_obs, rewards, discounts)
+    if name == "rainbow":
+        targets = module.rainbow_target(online, target, batch, double)
+        losses, q_values = module.rainbow_loss(online, batch, targets)
+    else:
+        targets = module.c51_target(online, target, batch)
+        loss = module.c51_loss if name == "der" else lambda network, *x: module.latent_loss(network, batch.obs, *x)
+        losses, q_values = loss(online, batch, targets)
 
     def softmax(x):
         x = np.exp(x.astype(np.float64))
@@ -195,41 +202,6 @@ def test_rainbow_against_a_loop(rainbow, double):
     for b in range(size):
         chooser = tables["online" if double else "target"][next_obs[b]]
         means = [softmax(chooser[a]) @ support for a in range(actions_)]
-        chosen = softmax(tables["target"][next_obs[b], means.index(max(means))])
-        expected = brute_force_projection(chosen[None], rewards[b : b + 1], discounts[b : b + 1], support)[0]
-        predicted = softmax(tables["online"][obs[b], actions[b]])
-        np.testing.assert_allclose(targets[b].numpy(), expected, atol=1e-5)
-        assert losses[b].item() == pytest.approx(-(expected * np.log(predicted)).sum(), rel=1e-4)
-        assert q_values[b].item() == pytest.approx(predicted @ support, abs=1e-4)
-    losses.sum().backward()
-    assert online.values.grad is not None and target.values.grad is None
-
-
-def test_c51_with_double_q_against_a_loop(der, spr):
-    """der's loss and spr's are the same functions of the same numbers; spr's has the latents as its input."""
-    rng = np.random.default_rng(0)
-    states, actions_, n, size = 20, 3, 21, 32
-    online = Atoms(rng.normal(size=(states, actions_, n)), -5, 5)
-    target = Atoms(rng.normal(size=(states, actions_, n)), -5, 5)
-    online.distributions = online.forward
-    obs, next_obs = rng.integers(states, size=size), rng.integers(states, size=size)
-    actions, rewards = rng.integers(actions_, size=size), rng.normal(size=size)
-    discounts = rng.choice([0, 0.97], size=size)
-    batch = make_batch(der, obs, actions, next_obs, rewards, discounts)
-    targets = der.c51_target(online, target, batch)
-    assert torch.equal(targets, spr.c51_target(online, target, batch))
-    losses, q_values = der.c51_loss(online, batch, targets)
-    also = spr.latent_loss(online, batch.obs, batch, targets)
-    assert torch.equal(losses, also[0]) and torch.equal(q_values, also[1])
-
-    def softmax(x):
-        x = np.exp(x.astype(np.float64))
-        return x / x.sum()
-
-    tables = {"online": online.values.detach().numpy(), "target": target.values.detach().numpy()}
-    support = np.linspace(-5, 5, n)
-    for b in range(size):
-        means = [softmax(tables["online"][next_obs[b]][a]) @ support for a in range(actions_)]
         chosen = softmax(tables["target"][next_obs[b], means.index(max(means))])
         expected = brute_force_projection(chosen[None], rewards[b : b + 1], discounts[b : b + 1], support)[0]
         predicted = softmax(tables["online"][obs[b], actions[b]])
