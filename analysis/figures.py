@@ -1,0 +1,290 @@
+"""The figures, in one style: black for the reference, colours that the colour-blind can tell apart, axes with units."""
+
+import math
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis import statistics
+from analysis.results import Results
+from analysis.scores import Group, Run
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B"]  # Okabe and Ito's, and a brown
+DASHES = ["-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1))]  # beyond seven settings, and in print
+MARKERS = "osD^vP*X"
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "savefig.dpi": 150,
+    "svg.hashsalt": "small-batch",  # the same numbers give the same file
+    "figure.constrained_layout.use": True,
+}
+DIAGNOSTICS = {
+    "diagnostics/loss_variance": "variance of the loss",
+    "diagnostics/gradient_norm": "gradient norm",
+    "diagnostics/representation_norm": "representation norm",
+    "diagnostics/srank": "srank",
+    "diagnostics/dormant_neurons": "dormant neurons (share)",
+}
+
+
+def draw(results: Results) -> Iterator[tuple[str, str, Figure]]:
+    """Yield (file name, title, figure) of every figure that these data allow."""
+    with matplotlib.rc_context(STYLE):
+        if len(results.frames) > 1:
+            yield "curves", "Sample efficiency", curves(results)
+        yield "intervals", "Aggregates", intervals(results)
+        yield "profiles", "Performance profiles", profiles(results)
+        for group in results.others:
+            name = "".join(c if c.isalnum() else "_" for c in group.label)
+            title = f"{group.label} against {results.reference.label}, game by game"
+            yield f"gains_{name}", title, gains(results, group)
+        if len(results.frames) > 1:
+            yield "games", "Returns, game by game", games(results)
+            if results.hours:
+                yield "time", "IQM against wall-clock time", time(results)
+        for number, name in enumerate(results.study.by):
+            values = {group.key[number] for group in results.study.groups}
+            if len(values) > 1 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in values):
+                yield f"sweep_{name}", f"IQM against {name.replace('_', ' ')}", sweep(results, number)
+        runs = [run for group in results.study.groups for found in group.runs.values() for run in found]
+        if all(any(run.series.get(tag) is not None for run in runs) for tag in DIAGNOSTICS):
+            yield "diagnostics", "Diagnostics", diagnostics(results)
+
+
+@contextmanager
+def _finished(figure: Figure, caption: str):
+    """Put the caption under a figure once it is drawn."""
+    yield
+    figure.supxlabel(textwrap.fill(caption, int(16 * figure.get_figwidth())), fontsize=7, color="0.35")
+
+
+def _look(results: Results, group: Group) -> dict:
+    """Colour, dash and marker of a group, the same in every figure."""
+    if group is results.reference:
+        return {"color": "black", "linestyle": "-", "marker": "o"}
+    number = results.others.index(group)
+    dash = DASHES[(number // len(COLOURS) + number % 2) % len(DASHES)]
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": dash, "marker": MARKERS[1 + number % 7]}
+
+
+def _line(results: Results, group: Group) -> dict:
+    look = _look(results, group)
+    look.pop("marker")
+    return look | {"label": group.label, "zorder": 3 if group is results.reference else 2}
+
+
+def _band(axes, across: np.ndarray, found: statistics.Interval, line: dict) -> None:
+    axes.plot(across, found.point, **line)
+    axes.fill_between(across, found.low, found.high, color=line["color"], alpha=0.2, linewidth=0)
+
+
+def _legend(figure: Figure, axes, columns: int = 3) -> None:
+    handles, labels = [found[::-1] for found in axes.get_legend_handles_labels()]  # drawn last: on top
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)), fontsize=8)
+
+
+def _frames_unit(frames: np.ndarray) -> tuple[float, str]:
+    return (1e6, "emulator frames (millions)") if frames[-1] >= 2e6 else (1e3, "emulator frames (thousands)")
+
+
+def curves(results: Results) -> Figure:
+    """IQM against frames, with bands."""
+    figure = Figure(figsize=(6, 4))
+    axes = figure.add_subplot()
+    scale, unit = _frames_unit(results.frames)
+    with _finished(figure, f"{results.caption} ({min(results.resamples, 2_000):,} resamples)"):
+        for group in reversed(results.ordered):
+            found, line = results.curves[group.label], _line(results, group)
+            _band(axes, results.frames / scale, found, line)
+        axes.set_xlabel(unit)
+        axes.set_ylabel(f"IQM of the {results.study.unit}")
+        _legend(figure, axes)
+    return figure
+
+
+def time(results: Results) -> Figure:
+    """IQM against hours of wall-clock time, mean over the runs."""
+    figure = Figure(figsize=(6, 4))
+    axes = figure.add_subplot()
+    with _finished(figure, f"{results.caption}; hours are means over the runs, on the machines they ran on"):
+        for group in reversed(results.ordered):
+            if (hours := results.hours.get(group.label)) is None:
+                continue
+            found, line = results.curves[group.label], _line(results, group)
+            _band(axes, hours, found, line)
+        axes.set_xlabel("wall-clock time (hours)")
+        axes.set_ylabel(f"IQM of the {results.study.unit}")
+        _legend(figure, axes)
+    return figure
+
+
+def intervals(results: Results) -> Figure:
+    """The four aggregates, a panel each, a bar for each setting's interval."""
+    groups = results.ordered
+    figure = Figure(figsize=(8, 0.9 + 0.32 * len(groups)))
+    panels = figure.subplots(1, len(statistics.METRICS), sharey=True, squeeze=False)[0]
+    with _finished(figure, f"{results.caption} ({results.resamples:,} resamples); a smaller optimality gap is better"):
+        for axes, (name, metric) in zip(panels, statistics.METRICS.items(), strict=True):
+            for place, group in enumerate(groups):
+                found, colour = results.aggregates[group.label][name], _look(results, group)["color"]
+                axes.barh(place, found.high - found.low, left=found.low, height=0.6, color=colour, alpha=0.4)
+                axes.plot([found.point] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2)
+            axes.use_sticky_edges = False
+            axes.margins(x=0.1)
+            axes.set_title(metric.title, fontsize=9)
+            axes.grid(axis="y", visible=False)
+        panels[0].set_yticks(range(len(groups)), [group.label for group in groups])
+        panels[0].set_ylim(len(groups) - 0.4, -0.6)
+        for axes in panels:
+            axes.set_xlabel(results.study.unit, fontsize=7)
+    return figure
+
+
+def profiles(results: Results) -> Figure:
+    """Share of runs with more than a score, against the score."""
+    figure = Figure(figsize=(6, 4))
+    axes = figure.add_subplot()
+    with _finished(figure, f"{results.caption} ({min(results.resamples, 2_000):,} resamples)"):
+        for group in reversed(results.ordered):
+            found, line = results.profiles[group.label], _line(results, group)
+            _band(axes, results.thresholds, found, line)
+        axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle=":")  # the median of all runs
+        axes.set_xlabel(f"{results.study.unit} τ")
+        axes.set_ylabel("share of runs with a score above τ")
+        axes.set_ylim(0, 1)
+        _legend(figure, axes)
+    return figure
+
+
+def gains(results: Results, group: Group) -> Figure:
+    """Bars of the gain in every game, largest first; logarithmic where they span orders of magnitude."""
+    gained = results.gains[group.label]
+    found = sorted(((gain, game) for game, gain in gained.items() if math.isfinite(gain)), reverse=True)
+    values = np.array([gain for gain, _ in found])
+    figure = Figure(figsize=(max(5, 1.2 + 0.19 * len(found)), 3.6))
+    axes = figure.add_subplot()
+    note = f"{len(found)} games, {results.study.seeds}; gain in percent of the reference's gain on random play"
+    with _finished(figure, note):
+        colours = np.where(values >= 0, COLOURS[0], COLOURS[1])
+        axes.bar(range(len(found)), values, color=colours, width=0.8)
+        axes.axhline(0, color="black", linewidth=0.8)
+        size = np.abs(values[values != 0])
+        if len(size) and size.max() / size.min() > 50:
+            smallest = 10 ** math.floor(math.log10(np.quantile(size, 0.1)))
+            axes.set_yscale("symlog", linthresh=max(1.0, smallest))
+        names = [game.removeprefix("MinAtar/") for _, game in found]
+        axes.set_xticks(range(len(found)), names, rotation=90, fontsize=7)
+        axes.margins(y=0.08)
+        axes.set_xlim(-0.7, len(found) - 0.3)
+        axes.grid(axis="x", visible=False)
+        axes.set_ylabel("gain (%)")
+        won = int((values > 0).sum())
+        axes.set_title(f"{group.label} over {results.reference.label}: better in {won} of {len(found)}", fontsize=9)
+    return figure
+
+
+def games(results: Results) -> Figure:
+    """A panel for each game: mean return of the seeds, and their range."""
+    study = results.study
+    columns = min(5, len(study.games))
+    rows = math.ceil(len(study.games) / columns)
+    figure = Figure(figsize=(max(6, 2.1 * columns), 0.9 + 1.7 * rows))
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    scale, unit = _frames_unit(study.frames)
+    with _finished(figure, f"{study.seeds}; lines: mean of the seeds, bands: smallest to largest. Across: {unit}"):
+        for axes, game in zip(panels, study.games, strict=False):
+            for group in reversed(results.ordered):
+                raw, line = group.raw[game], _line(results, group)
+                axes.plot(study.frames / scale, raw.mean(axis=0), **line | {"linewidth": 1.2})
+                shade = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
+                axes.fill_between(study.frames / scale, raw.min(axis=0), raw.max(axis=0), **shade)
+            axes.set_title(game.removeprefix("MinAtar/"), fontsize=8)
+            axes.tick_params(labelsize=6)
+        for axes in panels[len(study.games) :]:
+            axes.set_visible(False)
+        for row in range(rows):
+            panels[row * columns].set_ylabel("return", fontsize=7)
+        _legend(figure, panels[0])
+    return figure
+
+
+def sweep(results: Results, number: int) -> Figure:
+    """IQM against the value by which the groups differ, a line for each combination of the others."""
+    study, figure = results.study, Figure(figsize=(5, 3.6))
+    axes = figure.add_subplot()
+    lines: dict[tuple, list[Group]] = {}
+    for group in study.groups:
+        lines.setdefault((*group.key[:number], *group.key[number + 1 :]), []).append(group)
+    names = [name.replace("_", " ") for name in study.by]
+    with _finished(figure, f"{results.caption} ({results.resamples:,} resamples), at {study.frames[-1]:,} frames"):
+        for place, (key, found) in enumerate(lines.items()):
+            found = sorted(found, key=lambda group: group.key[number])
+            shown = [results.aggregates[group.label]["iqm"] for group in found]
+            points = np.array([float(x.point) for x in shown])
+            ends = np.abs(np.array([[float(x.low), float(x.high)] for x in shown]).T - points)
+            others = [name for i, name in enumerate(names) if i != number]
+            label = ", ".join(str(v) if n == "agent" else f"{n} {v}" for n, v in zip(others, key, strict=True))
+            style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % 8], "capsize": 3}
+            axes.errorbar([group.key[number] for group in found], points, ends, label=label or None, **style)
+        values = sorted({group.key[number] for group in study.groups})
+        if values[0] > 0 and values[-1] / values[0] >= 4:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(values, [f"{value:g}" for value in values])
+            axes.minorticks_off()
+        axes.set_xlabel(names[number])
+        axes.set_ylabel(f"IQM of the {study.unit}")
+        if len(study.by) > 1:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def diagnostics(results: Results) -> Figure:
+    """Returns and the five diagnostics, a row for each game, mean of the seeds."""
+    study = results.study
+    columns = ["return", *DIAGNOSTICS.values()]
+    figure = Figure(figsize=(2.1 * len(columns), 0.9 + 1.6 * len(study.games)))
+    panels = figure.subplots(len(study.games), len(columns), squeeze=False, sharex=True)
+    scale, unit = _frames_unit(study.frames)
+    with _finished(figure, f"{study.seeds}; lines: mean of the seeds. Across: {unit}"):
+        for row, game in zip(panels, study.games, strict=True):
+            for group in reversed(results.ordered):
+                line = _line(results, group) | {"linewidth": 1.1}
+                row[0].plot(study.frames / scale, group.raw[game].mean(axis=0), **line)
+                for axes, tag in zip(row[1:], DIAGNOSTICS, strict=True):
+                    frames, values = mean_series(group.runs[game], tag, study.frames[-1])
+                    axes.plot(frames / scale, values, **line)
+            row[0].set_ylabel(game.removeprefix("MinAtar/"), fontsize=8)
+            for axes in row:
+                axes.tick_params(labelsize=6)
+        for axes, title in zip(panels[0], columns, strict=True):
+            axes.set_title(title, fontsize=8)
+        for tag, axes in zip(["return", *DIAGNOSTICS], panels[0], strict=True):
+            if tag in ("diagnostics/loss_variance", "diagnostics/gradient_norm"):
+                for lower in panels[:, list(panels[0]).index(axes)]:
+                    lower.set_yscale("log")
+        _legend(figure, panels[0, 0])
+    return figure
+
+
+def mean_series(runs: list[Run], tag: str, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frames that all runs reported a diagnostic at, to `last`, and the mean of the values there, (points,) both."""
+    known = [run for run in runs if tag in run.series]
+    if not known:
+        return np.zeros(0), np.zeros(0)
+    tables = []
+    for run in known:
+        series = run.series[tag]
+        tables.append(dict(zip((series.steps * run.frames_per_step).tolist(), series.values.tolist(), strict=True)))
+    frames = sorted(frames for frames in set(tables[0]).intersection(*tables[1:]) if frames <= last)
+    return np.array(frames), np.array([np.mean([table[at] for table in tables]) for at in frames])

@@ -1,0 +1,368 @@
+"""From runs to comparable scores: one long table, grouped, cut to what is common, normalised; and what was left out.
+
+A `Run` is one curve of raw scores; a `Study` is what figures and tables are made of. Nothing is dropped or padded in
+silence: `Study.notes` says it in sentences that name games, seeds and flags.
+"""
+
+import csv
+import gzip
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from analysis.runs import BadInput, Folder, Series
+
+DATA = Path(__file__).resolve().parent / "data"
+COLUMNS = ("agent", "game", "seed", "frames", "score")  # of a long table; all others but IGNORED are settings
+IGNORED = {"source", "hours"}
+COSMETIC = {  # flags that do not change what is learned
+    *("exp_name", "seed", "env_id", "cuda", "track", "save_model", "capture_video", "eval_only", "checkpoint"),
+    *("resume", "eval_episodes", "eval_frequency", "diagnostics_frequency", "checkpoint_frequency", "record_dataset"),
+}
+
+
+@dataclass
+class Run:
+    """The curve of one run."""
+
+    agent: str
+    game: str
+    seed: int
+    frames: np.ndarray  # (points,) emulator frames at the end of each iteration, increasing
+    scores: np.ndarray  # (points,) raw returns
+    source: str  # folder, or file and line
+    settings: dict = field(default_factory=dict)  # flags or columns
+    versions: dict = field(default_factory=dict)  # of packages
+    hours: np.ndarray | None = None  # (points,) of wall-clock time
+    finished: bool = True
+    series: dict[str, Series] = field(default_factory=dict)  # diagnostics, against agent steps
+    frames_per_step: int = 1
+
+
+def short_name(env_id: str) -> str:
+    """ALE/Pong-v5 -> Pong, MinAtar/Breakout-v1 -> MinAtar/Breakout."""
+    return env_id.removeprefix("ALE/").rsplit("-v", 1)[0]
+
+
+# ----------------------------------------------------------------------------------------------------- from run folders
+def iteration_steps(folders: list[Folder]) -> int:
+    """Agent steps of an iteration: 250,000 as in the study, or a twentieth of the shortest run if that is less."""
+    return min(250_000, max(1, min(folder.record["args"]["total_timesteps"] for folder in folders) // 20))
+
+
+def run_of(folder: Folder, steps: int, evaluation: bool) -> Run:
+    """Return the curve of a run folder.
+
+    The score of an iteration is the mean raw return of the training games that ended in its `steps` agent steps; of one
+    in which none ended, that of the iteration before. With `evaluation` the points are the evaluations instead.
+    """
+    flags, frames_per_step = folder.record["args"], folder.record["frames_per_step"]
+    empty = Series(np.zeros(0, int), np.zeros(0), np.zeros(0))
+    if evaluation:
+        series = folder.series.get("eval/episodic_return", empty)
+        ends, scores, times = series.steps, series.values, series.times
+    else:
+        series = folder.series.get("charts/episodic_return", empty)
+        count = folder.last_step // steps  # whole iterations
+        inside = series.steps <= count * steps
+        number = (series.steps[inside] - 1) // steps
+        games = np.bincount(number, minlength=count)
+        total = np.bincount(number, series.values[inside], minlength=count)
+        last = np.zeros(count)
+        np.maximum.at(last, number, series.times[inside])
+        known = np.maximum.accumulate(np.where(games > 0, np.arange(count), -1))  # the iteration that has the score
+        first = int((known < 0).sum())
+        ends, known = (np.arange(count)[first:] + 1) * steps, known[first:]
+        scores, times = total[known] / games[known], last[known]
+    return Run(
+        agent=folder.record["agent"],
+        game=short_name(flags["env_id"]),
+        seed=flags["seed"],
+        frames=ends * frames_per_step,
+        scores=scores,
+        source=str(folder.path),
+        settings={name: value for name, value in flags.items() if name not in ("seed", "env_id")},
+        versions=folder.record.get("packages", {}),
+        hours=times / 3600,
+        finished=folder.finished,
+        series={tag: series for tag, series in folder.series.items() if tag.startswith("diagnostics/")},
+        frames_per_step=frames_per_step,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- from a long table
+def open_table(path: Path):
+    """Open a CSV file, compressed or not. Raises OSError."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", newline="", encoding="utf-8")
+    return open(path, newline="", encoding="utf-8")
+
+
+def value_of(text: str):
+    """A setting as a number or truth value where it is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def read_scores(path: Path) -> list[Run]:
+    """Read a CSV file with the columns agent, game, seed, frames, score, and any others as settings.
+
+    Raises BadInput, with the line, for missing columns, wrong numbers, empty cells and rows that repeat another.
+    """
+    curves: dict[tuple, dict[int, tuple[float, int]]] = defaultdict(dict)
+    try:
+        with open_table(path) as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            missing = [name for name in COLUMNS if name not in header]
+            if missing or len(set(header)) < len(header):
+                what = f"lacks the column {', '.join(missing)}" if missing else "names a column twice"
+                raise BadInput(f"{path}, line 1: the header {what}; there must be {', '.join(COLUMNS)}.")
+            settings = [name for name in header if name not in {*COLUMNS, *IGNORED}]
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if len(row) != len(header):
+                    raise BadInput(f"{where}: {len(row)} cells, and {len(header)} columns.")
+                cells = dict(zip(header, row, strict=True))
+                try:
+                    seed, frames, score = int(cells["seed"]), int(cells["frames"]), float(cells["score"])
+                except ValueError:
+                    raise BadInput(f"{where}: seed and frames must be whole numbers, and score a number.") from None
+                if not math.isfinite(score) or frames < 0:
+                    raise BadInput(f"{where}: the score is {score} at {frames} frames; leave out what is not known.")
+                if not cells["agent"] or not cells["game"]:
+                    raise BadInput(f"{where}: agent or game is empty.")
+                key = (cells["agent"], short_name(cells["game"]), seed, *(cells[name] for name in settings))
+                if frames in curves[key]:
+                    raise BadInput(f"{where}: repeats line {curves[key][frames][1]} (same run, same frames).")
+                curves[key][frames] = (score, reader.line_num)
+    except (OSError, EOFError) as error:
+        raise BadInput(f"{path} could not be read: {getattr(error, 'strerror', None) or error}.") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is no text in UTF-8.") from None
+    except csv.Error as error:
+        raise BadInput(f"{path}, line {reader.line_num}: {error}.") from None
+    if not curves:
+        raise BadInput(f"{path} has no row of scores.")
+    runs = []
+    for (agent, game, seed, *values), points in curves.items():
+        frames = np.array(sorted(points))
+        scores = np.array([points[at][0] for at in frames.tolist()])
+        where = f"{path}, line {min(line for _, line in points.values())}"
+        found = {name: value_of(value) for name, value in zip(settings, values, strict=True)}
+        runs.append(Run(agent, game, seed, frames, scores, where, found))
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------------------------- study
+@dataclass
+class Group:
+    """The runs of one setting, on the study's games and frames."""
+
+    key: tuple
+    label: str
+    runs: dict[str, list[Run]]  # by game
+    raw: dict[str, np.ndarray]  # by game: (runs, points)
+    normalised: dict[str, np.ndarray]  # the same, of the games that can be normalised
+    hours: dict[str, np.ndarray] | None  # by game: (runs, points)
+
+    def strata(self, games: Iterable[str]) -> list[np.ndarray]:
+        """The normalised scores at the last frames, one array (runs,) a game."""
+        return [self.normalised[game][:, -1] for game in games]
+
+
+@dataclass
+class Study:
+    """Groups that can be compared: all have the same games and the same frames."""
+
+    by: list[str]
+    groups: list[Group]
+    games: list[str]  # of all groups
+    scored: list[str]  # those of them that have a normalised score
+    frames: np.ndarray  # (points,)
+    unit: str  # of a normalised score
+    notes: list[str]
+
+    @property
+    def seeds(self) -> str:
+        counts = sorted({len(runs) for group in self.groups for runs in group.runs.values()})
+        return "1 seed" if counts == [1] else f"{'-'.join(map(str, sorted({counts[0], counts[-1]})))} seeds"
+
+
+def read_baselines() -> dict[str, tuple[float, float]]:
+    """{game: (score of random play, score of a human)} of the games that have both."""
+    with open_table(DATA / "human_random.csv") as file:
+        rows = list(csv.DictReader(file))
+    return {row["game"]: (float(row["random"]), float(row["human"])) for row in rows if row["random"]}
+
+
+def label_of(by: list[str], key: tuple) -> str:
+    """('qrdqn', 8) -> 'qrdqn, batch size 8'."""
+    named = zip(by, key, strict=True)
+    return ", ".join(str(value) if name == "agent" else f"{name.replace('_', ' ')} {value}" for name, value in named)
+
+
+def get(run: Run, name: str):
+    """The value of a column or flag of a run, by which it can be grouped or chosen; None if it has none."""
+    return run.settings.get(name) if name not in ("agent", "game", "seed") else getattr(run, name)
+
+
+def make_study(runs: list[Run], by: list[str], normalize: str) -> Study:
+    """Group runs, and bring them to common games and frames.
+
+    `normalize` is human, none or baseline:<agent or label>. Raises BadInput where nothing can be compared.
+    """
+    notes: list[str] = []
+    for name in by:
+        if all(get(run, name) is None for run in runs):
+            known = sorted({"agent", *(key for run in runs for key in run.settings)})
+            raise BadInput(f"no run has {name!r}, by which to group: there are {', '.join(known)}.")
+    runs = _without_repeats(runs, by, notes)
+    if empty := [run for run in runs if not len(run.frames)]:
+        notes.append(f"Left out, as no iteration is complete: {_listed(run.source for run in empty)}.")
+    runs = [run for run in runs if len(run.frames)]
+    if not runs:
+        raise BadInput("no run has a complete iteration yet.")
+    if unfinished := [run for run in runs if not run.finished]:
+        notes.append(f"Unfinished: {_listed(run.source for run in unfinished)}.")
+    families = {run.game.startswith("MinAtar/") for run in runs}
+    if len(families) > 1:
+        raise BadInput("there are runs of ALE and of MinAtar games: choose some with --games.")
+    collected: dict[tuple, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in sorted(runs, key=lambda run: (run.game, run.seed)):
+        collected[tuple(get(run, name) for name in by)][run.game].append(run)
+    keys = sorted(collected, key=lambda key: [(str(type(value)), value) for value in key])
+    games = _common_games(by, collected, notes)
+    frames = _common_frames(by, [run for found in collected.values() for game in games for run in found[game]], notes)
+    for key in keys:
+        _note_missing_seeds(label_of(by, key), {game: collected[key][game] for game in games}, notes)
+        _note_protocols(label_of(by, key), [run for game in games for run in collected[key][game]], notes)
+    groups = []
+    for key in keys:
+        chosen = {game: collected[key][game] for game in games}
+        raw = {game: np.stack([_at(run, frames, run.scores) for run in found]) for game, found in chosen.items()}
+        hours = None
+        if all(run.hours is not None for found in chosen.values() for run in found):
+            hours = {game: np.stack([_at(run, frames, run.hours) for run in found]) for game, found in chosen.items()}
+        groups.append(Group(key, label_of(by, key), chosen, raw, {}, hours))
+    scored, unit = _normalise(groups, games, normalize, notes)
+    return Study(by, groups, games, scored, frames, unit, notes)
+
+
+def _at(run: Run, frames: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return values[np.searchsorted(run.frames, frames)]
+
+
+def _listed(items: Iterable[str], most: int = 12) -> str:
+    items = list(items)
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def _without_repeats(runs: list[Run], by: list[str], notes: list[str]) -> list[Run]:
+    """Of runs with the same group, game and seed keep the longest, the last one made if they are equally long."""
+    found: dict[tuple, Run] = {}
+    for run in runs:
+        key = (*(get(run, name) for name in by), run.game, run.seed)
+        if key not in found:
+            found[key] = run
+            continue
+        reach = [int(x.frames[-1]) if len(x.frames) else 0 for x in (found[key], run)]
+        kept, left = (run, found[key]) if reach[1] >= reach[0] else (found[key], run)
+        found[key] = kept
+        names = sorted((kept.settings.keys() | left.settings.keys()) - COSMETIC)
+        flags = [f"--{name.replace('_', '-')}" for name in names if kept.settings.get(name) != left.settings.get(name)]
+        notes.append(f"Left out, as {kept.source} has the same setting, game and seed: {left.source}.")
+        if flags:
+            notes[-1] = f"Warning: {notes[-1]} They differ in {_listed(flags)}: group by one with --by."
+    return list(found.values())
+
+
+def _common_games(by: list[str], collected: dict, notes: list[str]) -> list[str]:
+    every = sorted({game for found in collected.values() for game in found})
+    games = [game for game in every if all(game in found for found in collected.values())]
+    for key, found in collected.items():
+        if missing := [game for game in every if game not in found]:
+            notes.append(f"{label_of(by, key)}: no run of {_listed(missing, 100)}; left out of every comparison.")
+    if not games:
+        raise BadInput("there is no game that all settings have: choose settings with --only.")
+    return games
+
+
+def _common_frames(by: list[str], runs: list[Run], notes: list[str]) -> np.ndarray:
+    frames = set(runs[0].frames.tolist()).intersection(*(run.frames.tolist() for run in runs[1:]))
+    if not frames:
+        raise BadInput("the runs have no number of frames in common: choose some with --only.")
+    frames = np.array(sorted(frames))
+    longest = max(int(run.frames[-1]) for run in runs)
+    every = {at for run in runs for at in run.frames.tolist() if at <= frames[-1]}
+    if len(every) > len(frames):
+        notes.append(f"Left out {len(every) - len(frames)} of {len(every)} points in time, which not all runs have.")
+    if longest > frames[-1]:
+        short = {label_of(by, tuple(get(run, name) for name in by)) for run in runs if run.frames[-1] == frames[-1]}
+        what = f"Cut to {frames[-1]:,} frames, which all runs have; the longest have {longest:,}"
+        notes.append(f"{what}. No longer than that: runs of {_listed(sorted(short))}.")
+    return frames
+
+
+def _note_missing_seeds(label: str, chosen: dict[str, list[Run]], notes: list[str]) -> None:
+    every = {run.seed for found in chosen.values() for run in found}
+    for game, found in chosen.items():
+        if missing := sorted(every - {run.seed for run in found}):
+            notes.append(f"{label}: {game} lacks seed {_listed(map(str, missing), 30)}.")
+    if single := [game for game, found in chosen.items() if len(found) == 1]:
+        notes.append(f"{label}: a single seed, which tells nothing of the spread, in {_listed(single)}.")
+
+
+def _note_protocols(label: str, runs: list[Run], notes: list[str]) -> None:
+    """Runs of one group should differ in game and seed alone."""
+    names = sorted({name for run in runs for name in run.settings} - COSMETIC)
+    for name in names:
+        values = {str(run.settings.get(name)) for run in runs}
+        if len(values) > 1:
+            flag = f"--{name.replace('_', '-')}"
+            notes.append(f"Warning: {label} has runs of different {flag}: {_listed(sorted(values))}.")
+    for package in sorted({name for run in runs for name in run.versions}):
+        values = {str(run.versions.get(package)) for run in runs}
+        if len(values) > 1:
+            notes.append(f"Warning: {label} has runs of different versions of {package}: {_listed(sorted(values))}.")
+
+
+def _normalise(groups: list[Group], games: list[str], normalize: str, notes: list[str]) -> tuple[list[str], str]:
+    """Fill in `normalised` of every group; return the games that have it, and the name of the unit."""
+    baselines = read_baselines()
+    if normalize == "none":
+        scale, unit = dict.fromkeys(games, (0.0, 1.0)), "return"
+    elif normalize == "human":
+        scale, unit = {game: baselines[game] for game in games if game in baselines}, "human-normalised score"
+        if missing := [game for game in games if game not in scale]:
+            notes.append(f"Left out of the aggregates, as no human score is known: {_listed(missing, 100)}.")
+        if not scale:
+            raise BadInput(f"no human score is known of {_listed(games)}: give --normalize none or baseline:<agent>.")
+    else:
+        name = normalize.removeprefix("baseline:")
+        chosen = [group for group in groups if name in (group.label, group.label.split(",")[0])]
+        if normalize == name or len(chosen) != 1:
+            labels = "; ".join(group.label for group in groups)
+            raise BadInput(f"--normalize {normalize}: give human, none, or baseline: and one of {labels}.")
+        scale, unit = {}, f"score relative to {chosen[0].label}"
+        for game in games:
+            random, top = baselines.get(game, (0.0, 0.0))[0], float(chosen[0].raw[game][:, -1].mean())
+            if top > random:
+                scale[game] = (random, top)
+            else:
+                notes.append(f"Left out of the aggregates, as {chosen[0].label} is no better than random play: {game}.")
+        if not scale:
+            raise BadInput(f"{chosen[0].label} is no better than random play in any game.")
+        if unknown := [game for game in scale if game not in baselines]:
+            notes.append(f"The score of random play is taken to be 0 in {_listed(unknown, 100)}.")
+    for group in groups:
+        group.normalised = {game: (group.raw[game] - low) / (high - low) for game, (low, high) in scale.items()}
+    return list(scale), unit

@@ -1,0 +1,542 @@
+"""From run folders and tables to the report: what is read, what is said, and what is refused."""
+
+import csv
+import html
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from analysis import __main__ as command
+from analysis import results, runs, scores
+from analysis.runs import BadInput
+
+
+def write_run(folder, agent="dqn", game="ALE/Pong-v5", seed=1, steps=1_000, games=50, level=0.0, flags=None, **record):
+    """A run folder as an agent writes it: `games` games in `steps` agent steps, returns about `level`."""
+    rng = np.random.default_rng([seed, len(game), int(10 * level) % 1000])
+    folder.mkdir(parents=True)
+    flags = {"env_id": game, "seed": seed, "total_timesteps": 1_000, "batch_size": 32, **(flags or {})}
+    record = {"agent": agent, "args": flags, "frames_per_step": 1 if "MinAtar" in game else 4, **record}
+    (folder / "args.json").write_text(json.dumps(record))
+    writer = SummaryWriter(str(folder))
+    writer.add_text("hyperparameters", "a table")
+    ends = np.sort(rng.choice(steps, games, replace=False)) + 1
+    for step in ends.tolist():
+        writer.add_scalar("charts/episodic_return", level + rng.normal(), step)
+        writer.add_scalar("charts/episodic_length", 7, step)
+    for step in range(100, steps + 1, 100):
+        writer.add_scalar("charts/SPS", 3.0, step)
+        for tag in ("loss_variance", "gradient_norm", "representation_norm", "srank", "dormant_neurons"):
+            writer.add_scalar(f"diagnostics/{tag}", rng.uniform(1, 2), step)
+    writer.add_scalar("eval/episodic_return", level + 5, steps)
+    writer.close()
+    return folder
+
+
+def log_of(folder):
+    return next(folder.glob("events.out.tfevents.*"))
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    """Run python -m analysis in this process; return its exit status, output and errors."""
+    monkeypatch.setattr(sys, "argv", ["analysis", *map(str, arguments)])
+    try:
+        command.main()
+        status = 0
+    except SystemExit as exit_:
+        status = exit_.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+# ----------------------------------------------------------------------------------------------------- reading a folder
+def test_a_log_is_read_as_tensorboard_reads_it(tmp_path):
+    folder = write_run(tmp_path / "run", steps=3_000, games=500)
+    found = runs.read_folder(folder, None)
+    reference = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    reference.Reload()
+    assert len(found.series) == 7 and found.last_step == 3_000 and found.finished and not found.cut_off
+    for tag, series in found.series.items():
+        events = reference.Scalars(tag)
+        assert series.steps.tolist() == [event.step for event in events]
+        assert series.values.tolist() == [event.value for event in events]
+        began = reference.FirstEventTimestamp()
+        assert series.times.tolist() == pytest.approx([event.wall_time - began for event in events], abs=1e-6)
+
+
+def test_values_of_every_size(tmp_path):
+    """Steps of one to five bytes, values that are not finite, tags as long as the fast path takes and longer."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text(
+        json.dumps({"agent": "dqn", "args": {"env_id": "ALE/Pong-v5", "seed": 1, "total_timesteps": 5}})
+    )
+    writer = SummaryWriter(str(tmp_path / "run"))
+    steps, values = [0, 1, 127, 128, 16_384, 2_097_152, 2**31, 2**40], [0.0, -1.5, 1e30, -1e-30, 3.0, 7.0, np.inf, 5.0]
+    for tag in (
+        "charts/episodic_return",
+        "eval/episodic_return",
+        "diagnostics/" + "x" * 80,
+        "diagnostics/" + "y" * 150,
+    ):
+        for step, value in zip(steps, values, strict=True):
+            writer.add_scalar(tag, value, step)
+    writer.close()
+    found = runs.read_folder(tmp_path / "run", None)
+    assert len(found.series) == 4
+    for series in found.series.values():
+        assert series.steps.tolist() == steps
+        np.testing.assert_array_equal(series.values, np.float32(values))
+
+
+def test_a_run_taken_up_again_supersedes_what_it_had_logged(tmp_path):
+    """A second log that starts at step 600: what the first said of steps from 600 on did not happen."""
+    folder = write_run(tmp_path / "run", games=100)
+    whole = runs.read_folder(folder, None).series["charts/episodic_return"]
+    first = log_of(folder)
+    first.rename(folder / "events.out.tfevents.0000000001.a")
+    writer = SummaryWriter(str(folder), purge_step=600)
+    writer.add_scalar("charts/episodic_return", 99.0, 700)
+    writer.close()
+    found = runs.read_folder(folder, None).series["charts/episodic_return"]
+    assert found.steps.tolist() == [*whole.steps[whole.steps < 600].tolist(), 700]
+    assert found.values[-1] == 99.0
+
+
+def test_the_cache_notices_what_changed(tmp_path):
+    folder, cache = write_run(tmp_path / "run"), tmp_path / "cache"
+    first = runs.read_folder(folder, cache)
+    assert len(list(cache.iterdir())) == 1
+    log = log_of(folder)
+    moved = tmp_path / "log"
+    shutil.move(log, moved)
+    stamp = moved.stat()
+    log.write_bytes(b"\0" * stamp.st_size)  # not to be read, as name, size and time are those of before
+    __import__("os").utime(log, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    again = runs.read_folder(folder, cache)
+    for tag in first.series:
+        for name in ("steps", "values", "times"):
+            np.testing.assert_array_equal(getattr(first.series[tag], name), getattr(again.series[tag], name))
+    assert again.record == first.record and again.finished == first.finished
+    shutil.copy(moved, log)
+    with log.open("ab") as file:
+        writer = SummaryWriter(str(tmp_path / "more"))
+        writer.add_scalar("charts/episodic_return", 1234.0, 5_000)
+        writer.close()
+        file.write(log_of(tmp_path / "more").read_bytes())
+    assert runs.read_folder(folder, cache).series["charts/episodic_return"].values[-1] == 1234.0
+    next(cache.iterdir()).write_bytes(b"damaged")
+    assert runs.read_folder(folder, cache).series["charts/episodic_return"].values[-1] == 1234.0
+
+
+def test_the_last_record_of_a_killed_run_is_cut_off(tmp_path):
+    folder = write_run(tmp_path / "run")
+    log = log_of(folder)
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-9])
+    found = runs.read_folder(folder, None)
+    assert found.cut_off and "eval/episodic_return" not in found.series
+    assert len(found.series["charts/episodic_return"].steps) == 50
+
+
+@pytest.mark.parametrize("place", ["length", "value", "middle"])
+def test_a_flipped_bit_is_found(tmp_path, place):
+    folder = write_run(tmp_path / "run")
+    log = log_of(folder)
+    data = bytearray(log.read_bytes())
+    at = data.find(b"charts/episodic_return", len(data) // 2)
+    start = data.rfind(b"\x09", 0, at - 12)
+    data[{"length": start - 9, "value": at + 24, "middle": at - 5}[place]] ^= 4
+    log.write_bytes(bytes(data))
+    with pytest.raises(BadInput, match=rf"{log.name}.* is broken at byte"):
+        runs.read_folder(folder, None)
+
+
+def test_broken_folders_are_named(tmp_path, monkeypatch, capsys):
+    def refused(*arguments):
+        status, _, error = run_command(monkeypatch, capsys, *arguments, "--out", tmp_path / "out")
+        assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+        assert not (tmp_path / "out" / "report.html").exists()
+        return error
+
+    folder = write_run(tmp_path / "runs" / "one")
+    record = (folder / "args.json").read_text()
+    assert "does not exist" in refused(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "holds no run" in refused(tmp_path / "empty")
+    for text, words in (
+        ("", "line 1"),
+        ('{\n"agent": "dqn",\n}', "line 3"),
+        ("[]", "no record of a run"),
+        ('{"agent": "dqn", "args": {}}', "no record of a run"),
+        (record.replace('"seed": 1', '"seed": "1"'), "no record of a run"),
+    ):
+        (folder / "args.json").write_text(text)
+        assert f"{folder / 'args.json'}" in (error := refused(tmp_path / "runs")) and words in error
+    (folder / "args.json").write_bytes(b"\xff\xfe{")
+    assert "is no text" in refused(tmp_path / "runs")
+    (folder / "args.json").write_text(record)
+    log = log_of(folder)
+    log.write_bytes(b"")
+    assert f"{log} is empty" in refused(tmp_path / "runs")
+    log.write_bytes(b"not an event file, but long enough to look like one")
+    assert f"{log} is broken" in refused(tmp_path / "runs")
+    log.unlink()
+    assert "holds no TensorBoard log" in refused(tmp_path / "runs")
+
+
+# ------------------------------------------------------------------------------------------------------ scores of a run
+def test_scores_of_iterations_against_a_loop(tmp_path):
+    """Mean of the games that ended in each iteration; an iteration without any repeats the one before."""
+    folder = runs.read_folder(write_run(tmp_path / "run", steps=1_037, games=30), None)
+    series = folder.series["charts/episodic_return"]
+    run = scores.run_of(folder, 50, evaluation=False)
+    expected, last = {}, None
+    for number in range(folder.last_step // 50):
+        inside = [v for s, v in zip(series.steps, series.values, strict=True) if 50 * number < s <= 50 * (number + 1)]
+        last = np.mean(inside) if inside else last
+        if last is not None:
+            expected[4 * 50 * (number + 1)] = last
+    assert run.frames.tolist() == list(expected) and run.scores.tolist() == pytest.approx(list(expected.values()))
+    assert any(a == b for a, b in zip(run.scores, run.scores[1:], strict=False))  # one was empty
+    assert (np.diff(run.hours) >= 0).all()
+    evaluated = scores.run_of(folder, 50, evaluation=True)
+    assert evaluated.frames.tolist() == [4 * 1_037] and evaluated.scores.tolist() == [5.0]
+
+
+def table_of(tmp_path, text):
+    path = tmp_path / "scores.csv"
+    path.write_text(text)
+    return path
+
+
+HEADER = "agent,game,seed,frames,score\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "line 1: the header lacks the column agent, game, seed, frames, score"),
+        ("agent,game,seed,score\nDQN,Pong,1,2\n", "line 1: the header lacks the column frames"),
+        ("agent,game,seed,frames,score,score\n", "line 1: the header names a column twice"),
+        (HEADER, "has no row"),
+        (HEADER + "DQN,Pong,1,4,2\nDQN,Pong,2,4\n", "line 3: 4 cells, and 5 columns"),
+        (HEADER + "DQN,Pong,1,4,nan\n", "line 2: the score is nan"),
+        (HEADER + "DQN,Pong,1,4,inf\n", "line 2: the score is inf"),
+        (HEADER + "DQN,Pong,1,4,\n", "line 2: seed and frames must be whole numbers"),
+        (HEADER + "DQN,Pong,one,4,2\n", "line 2: seed and frames"),
+        (HEADER + "DQN,Pong,1,4.5,2\n", "line 2: seed and frames"),
+        (HEADER + "DQN,Pong,1,-4,2\n", "line 2: the score is 2.0 at -4 frames"),
+        (HEADER + ",Pong,1,4,2\n", "line 2: agent or game is empty"),
+        (HEADER + "DQN,Pong,1,4,2\nDQN,Pong,1,8,2\nDQN,Pong,1,4,3\n", "line 4: repeats line 2"),
+        (HEADER + 'DQN,"Pong,1,4,2\n', "line"),
+    ],
+)
+def test_wrong_tables_are_named_with_their_line(tmp_path, monkeypatch, capsys, text, words):
+    path = table_of(tmp_path, text)
+    status, _, error = run_command(monkeypatch, capsys, "--scores", path, "--out", tmp_path / "out")
+    assert status == 2 and error.count("\n") == 1 and str(path) in error and words in error
+    assert list(tmp_path.iterdir()) == [path]  # nothing is half-written
+
+
+def test_a_broken_archive_is_named(tmp_path):
+    path = tmp_path / "scores.csv.gz"
+    path.write_bytes((scores.DATA / "atari100k_published.csv.gz").read_bytes()[:5_000])
+    with pytest.raises(BadInput, match=r"scores\.csv\.gz could not be read"):
+        scores.read_scores(path)
+    path.write_text("agent")
+    with pytest.raises(BadInput, match="could not be read"):
+        scores.read_scores(path)
+
+
+def rows(agent, game, seeds, frames, score, **settings):
+    """Lines of a table; `score` is a function of seed and frames."""
+    extra = "".join(f",{value}" for value in settings.values())
+    return "".join(f"{agent},{game},{s},{f},{score(s, f)}{extra}\n" for s in seeds for f in frames)
+
+
+def study(tmp_path, text, by=("agent",), normalize="human", header=HEADER):
+    return scores.make_study(scores.read_scores(table_of(tmp_path, header + text)), list(by), normalize)
+
+
+def test_unequal_lengths_are_cut_and_it_is_said(tmp_path):
+    text = rows("A", "Pong", [1, 2], [100, 200, 300], lambda s, f: f) + rows(
+        "B", "Pong", [1], [100, 200], lambda s, f: f
+    )
+    found = study(tmp_path, text)
+    assert found.frames.tolist() == [100, 200]
+    assert [note for note in found.notes if "Cut to 200 frames" in note and "300" in note and "B" in note]
+
+
+def test_points_that_not_all_runs_have_are_left_out_and_it_is_said(tmp_path):
+    text = rows("A", "Pong", [1, 2], [100, 200, 300], lambda s, f: f)
+    found = study(tmp_path, text + rows("B", "Pong", [1, 2], [100, 300], lambda s, f: f))
+    assert found.frames.tolist() == [100, 300]
+    assert found.notes == ["Left out 1 of 3 points in time, which not all runs have."]
+    with pytest.raises(BadInput, match="no number of frames in common"):
+        study(tmp_path, text + rows("B", "Pong", [1, 2], [50], lambda s, f: f))
+
+
+def test_missing_games_and_seeds_are_listed_by_name(tmp_path):
+    text = rows("A", "Pong", [1, 2, 3], [100], lambda s, f: s) + rows("A", "Breakout", [1, 3], [100], lambda s, f: s)
+    text += rows("B", "Pong", [1, 2, 3], [100], lambda s, f: s)
+    found = study(tmp_path, text)
+    assert found.games == ["Pong"]
+    assert "B: no run of Breakout; left out of every comparison." in found.notes
+    text += rows("B", "Breakout", [1, 2, 3], [100], lambda s, f: s)
+    found = study(tmp_path, text)
+    assert found.games == ["Breakout", "Pong"] and found.notes == ["A: Breakout lacks seed 2."]
+    assert [len(found.groups[0].raw[game]) for game in found.games] == [2, 3]
+
+
+def test_games_without_a_human_score_are_listed(tmp_path):
+    games = ["AirRaid", "Carnival", "ElevatorAction", "JourneyEscape", "Pooyan", "Pong"]
+    text = "".join(rows("A", game, [1], [100], lambda s, f: 1.0) for game in games)
+    found = study(tmp_path, text)
+    assert found.scored == ["Pong"] and len(found.games) == 6
+    assert f"no human score is known: {', '.join(games[:5])}." in found.notes[-1]
+    with pytest.raises(BadInput, match="no human score is known of AirRaid"):
+        study(tmp_path, rows("A", "AirRaid", [1], [100], lambda s, f: 1.0))
+
+
+def test_normalisation(tmp_path):
+    """Human: Pong has random -20.7, human 14.6. Baseline: the mean of its runs is 1, random play 0."""
+    text = rows("A", "Pong", [1, 2], [100], lambda s, f: 14.6) + rows(
+        "B", "Pong", [1, 2], [100], lambda s, f: -20.7 + s
+    )
+    found = study(tmp_path, text)
+    assert found.groups[0].normalised["Pong"].tolist() == [[1.0], [1.0]]
+    np.testing.assert_allclose(found.groups[1].normalised["Pong"], [[1 / 35.3], [2 / 35.3]])
+    found = study(tmp_path, text, normalize="baseline:B")
+    np.testing.assert_allclose(found.groups[0].normalised["Pong"], 35.3 / 1.5)
+    np.testing.assert_allclose(found.groups[1].normalised["Pong"], [[1 / 1.5], [2 / 1.5]])
+    assert study(tmp_path, text, normalize="none").groups[1].normalised["Pong"].ravel().tolist() == [-19.7, -18.7]
+    for wrong in ("baseline:C", "B", "random"):
+        with pytest.raises(BadInput, match="--normalize"):
+            study(tmp_path, text, normalize=wrong)
+
+
+def test_grouping_by_any_flag(tmp_path):
+    header = "agent,game,seed,frames,score,batch_size,learning_rate,dueling\n"
+    text = ""
+    for size, rate in ((8, 1e-4), (8, 2e-4), (32, 1e-4)):
+        text += rows("A", "Pong", [1, 2], [100], lambda s, f: s, batch_size=size, learning_rate=rate, dueling=True)
+    found = study(tmp_path, text, ["agent", "batch_size", "learning_rate"], header=header)
+    assert [group.label for group in found.groups] == [
+        "A, batch size 8, learning rate 0.0001",
+        "A, batch size 8, learning rate 0.0002",
+        "A, batch size 32, learning rate 0.0001",
+    ]
+    assert results.default_reference(found).label == "A, batch size 32, learning rate 0.0001"
+    with pytest.raises(BadInput, match="no run has 'colour'"):
+        study(tmp_path, text, ["agent", "colour"], header=header)
+    assert [group.label for group in study(tmp_path, text, ["dueling"], header=header).groups] == ["dueling True"]
+
+
+def test_different_protocols_in_a_group_raise_a_warning(tmp_path):
+    one = write_run(tmp_path / "1", flags={"sticky_actions": 0.25, "eval_episodes": 10}, packages={"ale-py": "0.12.1"})
+    two = write_run(
+        tmp_path / "2", seed=2, flags={"sticky_actions": 0.0, "eval_episodes": 5}, packages={"ale-py": "0.11"}
+    )
+    three = write_run(tmp_path / "3", seed=3, flags={"sticky_actions": 0.0, "terminal_on_life_loss": True})
+    folders = runs.read_folders([one, two, three], None)
+    notes = scores.make_study([scores.run_of(x, 50, False) for x in folders], ["agent"], "human").notes
+    assert "Warning: dqn has runs of different --sticky-actions: 0.0, 0.25." in notes
+    assert "Warning: dqn has runs of different --terminal-on-life-loss: None, True." in notes
+    assert "Warning: dqn has runs of different versions of ale-py: 0.11, 0.12.1, None." in notes
+    assert len(notes) == 3
+
+
+def test_unfinished_and_repeated_runs_are_marked(tmp_path):
+    done = write_run(tmp_path / "done")
+    half = write_run(tmp_path / "half", seed=2, steps=500)
+    twice = write_run(tmp_path / "twice", seed=1)
+    folders = runs.read_folders([done, half, twice], None)
+    found = scores.make_study([scores.run_of(x, 50, False) for x in folders], ["agent"], "human")
+    assert f"Unfinished: {half}." in found.notes
+    assert f"Left out, as {twice} has the same setting, game and seed: {done}." in found.notes
+    assert any("Cut to 2,000 frames" in note for note in found.notes)
+    folders[2].record["args"]["learning_rate"] = 0.1
+    found = scores.make_study([scores.run_of(x, 50, False) for x in folders], ["agent"], "human")
+    assert any(
+        note.startswith("Warning: Left out") and "They differ in --learning-rate" in note for note in found.notes
+    )
+
+
+def test_gains_are_relative_to_those_on_random_play(tmp_path):
+    text = rows("A", "Pong", [1], [100], lambda s, f: -10.7) + rows("B", "Pong", [1], [100], lambda s, f: -15.7)
+    text += rows("A", "Qbert", [1], [100], lambda s, f: 163.9) + rows("B", "Qbert", [1], [100], lambda s, f: 163.9)
+    found = study(tmp_path, text)
+    gains = results.per_game_gains(*found.groups, found.games)
+    assert gains == {"Pong": pytest.approx(100.0), "Qbert": 0.0}  # (-10.7 + 15.7) / (-15.7 + 20.7)
+
+
+# ------------------------------------------------------------------------------------------------------------ the whole
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two agents, two batch sizes, three games, two seeds."""
+    root = tmp_path_factory.mktemp("runs")
+    for agent in ("dqn", "qrdqn"):
+        for size in (8, 32):
+            for place, game in enumerate(("Pong", "Breakout", "Qbert")):
+                for seed in (1, 2):
+                    level = {"dqn": 1.0, "qrdqn": 3.0}[agent] + size / 100 + 100 * place
+                    name = f"{game}-{agent}-{size}-{seed}"
+                    write_run(root / name, agent, f"ALE/{game}-v5", seed, level=level, flags={"batch_size": size})
+    return root
+
+
+def test_the_report(folders, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results"
+    arguments = [folders, "--out", out, "--resamples", "500"]
+    status, output, error = run_command(monkeypatch, capsys, *arguments)
+    assert (status, error) == (0, "") and "report.html" in output
+    pictures = {"curves", "intervals", "profiles", "games", "time", "sweep_batch_size", "diagnostics"}
+    pictures |= {f"gains_{a}__batch_size_{b}" for a, b in (("dqn", 8), ("qrdqn", 8), ("qrdqn", 32))}
+    tables = {"aggregates", "improvement", "games", "curves", "scores"}
+    expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} | {f"{name}.csv" for name in tables}
+    assert {path.name for path in out.iterdir()} == expected | {"report.html", "report.md", "analysis.json", "cache"}
+    assert not [path for path in tmp_path.iterdir() if path != out]  # nothing is left beside it
+    for name in pictures:
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and b"<svg" in (out / f"{name}.svg").read_bytes()
+    with open(out / "aggregates.csv") as file:
+        found = {(row["setting"], row["metric"]): row for row in csv.DictReader(file)}
+    assert len(found) == 16
+    for row in found.values():
+        assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
+    with open(out / "scores.csv") as file:
+        table = list(csv.DictReader(file))
+    last = [
+        float(row["normalised"]) for row in table if row["setting"] == "qrdqn, batch size 8" and row["frames"] == "4000"
+    ]
+    middle = sorted(last)[1:5]
+    assert len(last) == 6
+    assert float(found["qrdqn, batch size 8", "IQM"]["value"]) == pytest.approx(np.mean(middle), rel=1e-9)
+    again = run_command(monkeypatch, capsys, *arguments)
+    assert again[0] == 0  # its own folder is replaced
+    kept = (out / "report.html").read_text()
+    status, _, error = run_command(monkeypatch, capsys, folders, "--out", out, "--only", "agent=nobody")
+    assert status == 2 and "choose less narrowly" in error and (out / "report.html").read_text() == kept
+
+
+def test_the_same_seed_gives_the_same_files(folders, tmp_path, monkeypatch, capsys):
+    for name in ("one", "two"):
+        assert run_command(monkeypatch, capsys, folders, "--out", tmp_path / name, "--resamples", "300")[0] == 0
+    for path in sorted((tmp_path / "one").glob("*.csv")) + sorted((tmp_path / "one").glob("*.svg")):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_a_folder_of_others_is_not_overwritten(folders, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    for out in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex"):
+        status, _, error = run_command(monkeypatch, capsys, folders, "--out", out)
+        assert status == 2 and "--out" in error and error.count("\n") == 1
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_choosing(folders, tmp_path, monkeypatch, capsys):
+    choice = ["--only", "agent=dqn", "batch_size=8,32", "--games", "Pong", "ALE/Qbert-v5", "--resamples", "100"]
+    assert run_command(monkeypatch, capsys, folders, "--out", tmp_path / "out", *choice)[0] == 0
+    with open(tmp_path / "out" / "games.csv") as file:
+        table = list(csv.DictReader(file))
+    assert {row["game"] for row in table} == {"Pong", "Qbert"}
+    assert {row["setting"] for row in table} == {"dqn, batch size 8", "dqn, batch size 32"}
+    for wrong, words in (
+        (["--games", "Pnog"], "--games Pnog: there are runs of Breakout, Pong, Qbert"),
+        (["--only", "colour=red"], "no run has 'colour'"),
+        (["--by", "colour"], "no run has 'colour'"),
+        (["--reference", "iqn"], "'iqn' names 0 settings"),
+        (["--reference", "dqn"], "'dqn' names 2 settings"),
+        (["--resamples", "0"], "--resamples"),
+    ):
+        status, _, error = run_command(monkeypatch, capsys, folders, "--out", tmp_path / "new", *wrong)
+        assert status == 2 and words in error and error.count("\n") == 1
+
+
+def test_compare(folders, tmp_path, monkeypatch, capsys):
+    pair = ["qrdqn, batch size 8", "dqn, batch size 8"]
+    flags = ["--runs", folders, "--resamples", "500"]
+    status, output, _ = run_command(monkeypatch, capsys, "compare", *pair, *flags)
+    assert status == 0
+    assert "qrdqn, batch size 8 won 3: " in output and "lost" not in output
+    assert "the first is better, beyond the noise of the seeds" in output
+    assert output.count("IQM") == 1 and output.count("[") == 9
+    status, output, _ = run_command(monkeypatch, capsys, "compare", *reversed(pair), *flags)
+    assert "the second is better" in output and "lost 3: " in output
+    for wrong in (["dqn", "qrdqn"], ["dqn, batch size 8", "dqn, batch size 8"], ["dqn, batch size 8", "iqn"]):
+        status, _, error = run_command(monkeypatch, capsys, "compare", *wrong, *flags)
+        assert status == 2 and error.count("\n") == 1
+
+
+def test_as_a_user_would(folders, tmp_path):
+    arguments = [sys.executable, "-m", "analysis", str(folders), "--out", str(tmp_path / "out"), "--resamples", "200"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report.html").stat().st_size > 100_000
+
+
+PROBE = """
+<script>
+window.addEventListener("load", () => {
+  const found = {errors: window.errors, sorts: {}, images: [...document.images].map(x => x.naturalWidth > 100)};
+  found.outside = [...document.querySelectorAll("[src], [href]")].filter(x => !x.src.startsWith("data:"));
+  for (const table of document.querySelectorAll("table")) {
+    found.sorts[table.id] = [...table.querySelectorAll("th")].map((head, column) => {
+      const cells = () => [...table.tBodies[0].rows].map(row => row.cells[column]);
+      const read = () => cells().map(cell => cell.dataset.value ?? cell.textContent);
+      head.click();
+      const up = read(), mark = head.getAttribute("aria-sort");
+      head.click();
+      return {up, mark, down: read(), then: head.getAttribute("aria-sort")};
+    });
+  }
+  const answer = document.createElement("pre");
+  answer.id = "answer";
+  answer.textContent = JSON.stringify(found);
+  document.body.append(answer);
+});
+</script>
+"""
+CATCH = "<script>window.errors = []; window.onerror = message => window.errors.push(message);</script>"
+BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+def test_the_page_in_a_browser(folders, tmp_path, monkeypatch, capsys):
+    """No script fails, nothing is fetched, every picture shows, and every column of every table sorts both ways."""
+    out = tmp_path / "results"
+    assert run_command(monkeypatch, capsys, folders, "--out", out, "--resamples", "200")[0] == 0
+    page = (out / "report.html").read_text()
+    (tmp_path / "page.html").write_text(page.replace("<meta", CATCH + "<meta", 1).replace("</html>", PROBE + "</html>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    flags += ["--virtual-time-budget=10000", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    done = subprocess.run([BROWSER, *flags], capture_output=True, text=True, timeout=120)
+    answer = done.stdout.partition('<pre id="answer">')[2].partition("</pre>")[0]
+    found = json.loads(html.unescape(answer))
+    assert found["errors"] == [] and found["outside"] == []
+    assert len(found["images"]) == 10 and all(found["images"])
+    assert set(found["sorts"]) == {"aggregates", "improvement", "games", "curves"}
+    for columns in found["sorts"].values():
+        for column in columns:
+            assert (column["mark"], column["then"]) == ("ascending", "descending")
+            known = [value for value in column["up"] if value != ""]
+            try:
+                known = [float(value) for value in known]
+                numbers = [float(value) for value in column["down"] if value != ""]
+                assert known == sorted(known) and numbers == sorted(known, reverse=True)
+            except ValueError:
+                assert sorted(known) == sorted(column["down"]) and known[0] <= known[-1]
+            blanks = len(column["up"]) - len(known)
+            assert all(value == "" for value in column["up"][len(known) :]) and blanks == column["down"].count("")
