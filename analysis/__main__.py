@@ -23,7 +23,18 @@ from analysis.compare import compare
 from analysis.report import check_out, write_report
 from analysis.results import compute
 from analysis.runs import BadInput, find_folders, read_folders
-from analysis.scores import Run, get, iteration_steps, make_study, read_scores, run_of, short_name
+from analysis.scores import (
+    Run,
+    describe,
+    get,
+    iteration_steps,
+    make_study,
+    read_baselines,
+    read_scores,
+    run_of,
+    short_name,
+    value_of,
+)
 
 
 @dataclass
@@ -63,30 +74,37 @@ def read_runs(args: Common, cache: Path | None) -> list[Run]:
         raise BadInput("name folders with runs, or a table with --scores.")
     if not 1 <= args.resamples <= 10_000_000 or args.iteration < 0 or args.seed < 0:
         raise BadInput("--resamples must be from 1 to 10,000,000, --iteration and --seed not negative.")
-    runs = []
-    if args.runs:
-        folders = read_folders(find_folders(args.runs), cache)
-        if args.finished_only:
-            folders = [folder for folder in folders if folder.finished]
-        if folders:
-            steps = args.iteration or iteration_steps(folders)
-            runs += [run_of(folder, steps, args.evaluation) for folder in folders]
-    for path in args.scores:
-        runs += read_scores(path)
+    folders = read_folders(find_folders(args.runs), cache) if args.runs else []
+    folders = [folder for folder in folders if folder.finished or not args.finished_only]
+    tables = [run for path in args.scores for run in read_scores(path)]
+    described = [*((describe(folder), folder) for folder in folders), *((run, None) for run in tables)]
+    places = {id(run) for run in chosen([run for run, _ in described], args)}
+    kept = [(run, folder) for run, folder in described if id(run) in places]
+    if not kept:
+        raise BadInput("no run is left: choose less narrowly.")
+    left = [folder for _, folder in kept if folder]
+    steps = args.iteration or (iteration_steps(left) if left else 0)
+    return [run_of(folder, steps, args.evaluation) if folder else run for run, folder in kept]
+
+
+def chosen(runs: list[Run], args: Common) -> list[Run]:
+    """Return the runs that --only and --games choose. Raises BadInput for names and values that no run has."""
+    kept = runs
     for choice in args.only:
         name, _, values = choice.partition("=")
-        if not any(get(run, name) is not None for run in runs):
+        wanted, known = [value_of(value) for value in values.split(",")], {get(run, name) for run in runs}
+        if known <= {None}:
             raise BadInput(f"--only {choice}: no run has {name!r}.")
-        runs = [run for run in runs if str(get(run, name)) in values.split(",")]
+        if unknown := [value for value in wanted if value not in known]:
+            there = ", ".join(sorted(map(str, known)))
+            raise BadInput(f"--only {choice}: no run has {name} {unknown[0]}; there are {there}.")
+        kept = [run for run in kept if get(run, name) in wanted]
     if args.games:
-        wanted = {short_name(game) for game in args.games}
-        if unknown := sorted(wanted - {run.game for run in runs}):
-            known = ", ".join(sorted({run.game for run in runs}))
-            raise BadInput(f"--games {' '.join(unknown)}: there are runs of {known}.")
-        runs = [run for run in runs if run.game in wanted]
-    if not runs:
-        raise BadInput("no run is left: choose less narrowly.")
-    return runs
+        wanted, known = {short_name(game) for game in args.games}, {run.game for run in runs}
+        if unknown := sorted(wanted - known):
+            raise BadInput(f"--games {' '.join(unknown)}: there are runs of {', '.join(sorted(known))}.")
+        kept = [run for run in kept if run.game in wanted]
+    return kept
 
 
 def study_of(args: Common, cache: Path | None):
@@ -96,13 +114,13 @@ def study_of(args: Common, cache: Path | None):
     by = by or ["agent", *["batch_size"] * any("batch_size" in run.settings for run in runs)]
     normalize = args.normalize
     if normalize == "auto":
-        normalize = "none" if all(run.game.startswith("MinAtar/") for run in runs) else "human"
+        normalize = "human" if any(run.game in read_baselines() for run in runs) else "none"
     return make_study(runs, by, normalize)
 
 
 def report(args: Report) -> None:
     """Write tables, figures and report.html."""
-    check_out(args.out)
+    check_out(args.out, [*args.runs, *args.scores])
     cache = args.cache or args.out / "cache"
     study = study_of(args, cache)
     results = compute(study, args.reference, args.resamples, np.random.default_rng(args.seed))
@@ -125,6 +143,9 @@ def main() -> None:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None

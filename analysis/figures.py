@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import statistics
-from analysis.results import Results
-from analysis.scores import Group, Run
+from analysis.results import CURVE_RESAMPLES, Results
+from analysis.scores import Group, Run, read_random
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B"]  # Okabe and Ito's, and a brown
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1))]  # beyond seven settings, and in print
@@ -28,6 +28,7 @@ STYLE = {
     "savefig.dpi": 150,
     "svg.hashsalt": "small-batch",  # the same numbers give the same file
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a name may have dollars
 }
 DIAGNOSTICS = {
     "diagnostics/loss_variance": "variance of the loss",
@@ -45,8 +46,8 @@ def draw(results: Results) -> Iterator[tuple[str, str, Figure]]:
             yield "curves", "Sample efficiency", curves(results)
         yield "intervals", "Aggregates", intervals(results)
         yield "profiles", "Performance profiles", profiles(results)
-        for group in results.others:
-            name = "".join(c if c.isalnum() else "_" for c in group.label)
+        for number, group in enumerate(results.others, 1):
+            name = f"{number}_" + "".join(c if c.isalnum() else "_" for c in group.label)
             title = f"{group.label} against {results.reference.label}, game by game"
             yield f"gains_{name}", title, gains(results, group)
         if len(results.frames) > 1:
@@ -103,7 +104,7 @@ def curves(results: Results) -> Figure:
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot()
     scale, unit = _frames_unit(results.frames)
-    with _finished(figure, f"{results.caption} ({min(results.resamples, 2_000):,} resamples)"):
+    with _finished(figure, f"{results.caption} ({min(results.resamples, CURVE_RESAMPLES):,} resamples)"):
         for group in reversed(results.ordered):
             found, line = results.curves[group.label], _line(results, group)
             _band(axes, results.frames / scale, found, line)
@@ -117,7 +118,8 @@ def time(results: Results) -> Figure:
     """IQM against hours of wall-clock time, mean over the runs."""
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot()
-    with _finished(figure, f"{results.caption}; hours are means over the runs, on the machines they ran on"):
+    note = f"{results.caption} ({min(results.resamples, CURVE_RESAMPLES):,} resamples); hours: mean of the runs"
+    with _finished(figure, note):
         for group in reversed(results.ordered):
             if (hours := results.hours.get(group.label)) is None:
                 continue
@@ -133,16 +135,18 @@ def intervals(results: Results) -> Figure:
     """The four aggregates, a panel each, a bar for each setting's interval."""
     groups = results.ordered
     figure = Figure(figsize=(8, 0.9 + 0.32 * len(groups)))
-    panels = figure.subplots(1, len(statistics.METRICS), sharey=True, squeeze=False)[0]
-    with _finished(figure, f"{results.caption} ({results.resamples:,} resamples); a smaller optimality gap is better"):
-        for axes, (name, metric) in zip(panels, statistics.METRICS.items(), strict=True):
+    metrics = results.study.metrics
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    gap = "; a smaller optimality gap is better" if "optimality_gap" in metrics else ""
+    with _finished(figure, f"{results.caption} ({results.resamples:,} resamples){gap}"):
+        for axes, name in zip(panels, metrics, strict=True):
             for place, group in enumerate(groups):
                 found, colour = results.aggregates[group.label][name], _look(results, group)["color"]
                 axes.barh(place, found.high - found.low, left=found.low, height=0.6, color=colour, alpha=0.4)
                 axes.plot([found.point] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=2)
             axes.use_sticky_edges = False
             axes.margins(x=0.1)
-            axes.set_title(metric.title, fontsize=9)
+            axes.set_title(statistics.METRICS[name].title, fontsize=9)
             axes.grid(axis="y", visible=False)
         panels[0].set_yticks(range(len(groups)), [group.label for group in groups])
         panels[0].set_ylim(len(groups) - 0.4, -0.6)
@@ -155,7 +159,7 @@ def profiles(results: Results) -> Figure:
     """Share of runs with more than a score, against the score."""
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot()
-    with _finished(figure, f"{results.caption} ({min(results.resamples, 2_000):,} resamples)"):
+    with _finished(figure, f"{results.caption} ({min(results.resamples, CURVE_RESAMPLES):,} resamples)"):
         for group in reversed(results.ordered):
             found, line = results.profiles[group.label], _line(results, group)
             _band(axes, results.thresholds, found, line)
@@ -174,7 +178,11 @@ def gains(results: Results, group: Group) -> Figure:
     values = np.array([gain for gain, _ in found])
     figure = Figure(figsize=(max(5, 1.2 + 0.19 * len(found)), 3.6))
     axes = figure.add_subplot()
-    note = f"{len(found)} games, {results.study.seeds}; gain in percent of the reference's gain on random play"
+    note = f"{results.counted(results.study.games)}; gain in percent of the reference's own gain on random play"
+    if endless := [game for game, gain in gained.items() if not math.isfinite(gain)]:
+        note += f"; not drawn, as the reference gains nothing there: {', '.join(endless)}"
+    if unknown := [game for game in gained if game not in read_random()]:
+        note += f"; random play counts as 0 in {', '.join(unknown)}"
     with _finished(figure, note):
         colours = np.where(values >= 0, COLOURS[0], COLOURS[1])
         axes.bar(range(len(found)), values, color=colours, width=0.8)
@@ -189,8 +197,8 @@ def gains(results: Results, group: Group) -> Figure:
         axes.set_xlim(-0.7, len(found) - 0.3)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("gain (%)")
-        won = int((values > 0).sum())
-        axes.set_title(f"{group.label} over {results.reference.label}: better in {won} of {len(found)}", fontsize=9)
+        won = sum(gain > 0 for gain in gained.values())
+        axes.set_title(f"{group.label} over {results.reference.label}: better in {won} of {len(gained)}", fontsize=9)
     return figure
 
 
@@ -202,7 +210,7 @@ def games(results: Results) -> Figure:
     figure = Figure(figsize=(max(6, 2.1 * columns), 0.9 + 1.7 * rows))
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     scale, unit = _frames_unit(study.frames)
-    with _finished(figure, f"{study.seeds}; lines: mean of the seeds, bands: smallest to largest. Across: {unit}"):
+    with _finished(figure, f"{results.counted(study.games)}; lines: mean, bands: smallest to largest. Across: {unit}"):
         for axes, game in zip(panels, study.games, strict=False):
             for group in reversed(results.ordered):
                 raw, line = group.raw[game], _line(results, group)
@@ -256,7 +264,11 @@ def diagnostics(results: Results) -> Figure:
     figure = Figure(figsize=(2.1 * len(columns), 0.9 + 1.6 * len(study.games)))
     panels = figure.subplots(len(study.games), len(columns), squeeze=False, sharex=True)
     scale, unit = _frames_unit(study.frames)
-    with _finished(figure, f"{study.seeds}; lines: mean of the seeds. Across: {unit}"):
+    runs = {group.label: [run for found in group.runs.values() for run in found] for group in results.ordered}
+    lacking = [label for label, found in runs.items() if not any(run.series for run in found)]
+    note = f"{results.counted(study.games)}; lines: mean of the seeds. Across: {unit}"
+    note += f". Without diagnostics: {'; '.join(lacking)}" if lacking else ""
+    with _finished(figure, note):
         for row, game in zip(panels, study.games, strict=True):
             for group in reversed(results.ordered):
                 line = _line(results, group) | {"linewidth": 1.1}

@@ -9,13 +9,14 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from analysis import figures
-from analysis.results import Results, Table, tables
+from analysis.results import CURVE_RESAMPLES, Results, Table, tables
 from analysis.runs import BadInput
 
-MARK = "analysis.json"  # a folder that has it was written by this program, and may be replaced
+MARK = "analysis.json"  # lists what this program wrote to a folder, and may replace
 LONG = 400  # rows: longer tables are only in the CSV files
 
 STYLE = """
@@ -52,13 +53,15 @@ document.querySelectorAll("table").forEach(table => {
 def write_report(results: Results, out: Path, command: str) -> list[str]:
     """Write everything to the folder `out`, all or nothing, and return the names of the files.
 
-    A folder that this program wrote before is replaced, cache and all but this; any other that is not empty is refused:
-    BadInput.
+    A folder that this program wrote before, and to which nothing was added, is replaced; any other that is not empty is
+    refused: BadInput.
     """
+    out = out.resolve()
     check_out(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    aside = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         os.chmod(aside, 0o755)
         made = tables(results)
         for table in made:
@@ -70,8 +73,8 @@ def write_report(results: Results, out: Path, command: str) -> list[str]:
                 figure.savefig(aside / f"{name}.{kind}", **facts)
             pictures.append((name, title, (aside / f"{name}.svg").read_bytes()))
         (aside / "report.html").write_text(page(results, made, pictures, command))
-        (aside / MARK).write_text(json.dumps({"written_by": "python -m analysis", "command": command}, indent=2))
-        names = sorted(path.name for path in aside.iterdir())
+        names = sorted([MARK, *(path.name for path in aside.iterdir())])
+        (aside / MARK).write_text(json.dumps({"command": command, "files": names}, indent=2))
         if (out / "cache").exists():
             (out / "cache").rename(aside / "cache")
         old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -82,16 +85,29 @@ def write_report(results: Results, out: Path, command: str) -> list[str]:
     except OSError as error:
         raise BadInput(f"{error.filename or out} could not be written: {error.strerror}.") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
     return names
 
 
-def check_out(out: Path) -> None:
-    """Raise BadInput if `out` is a file, or a folder with something in it that this program did not write."""
+def check_out(out: Path, inputs: Iterable[Path] = ()) -> None:
+    """Raise BadInput unless `out` may be written: it is new, empty, or holds what this program wrote and no more."""
+    out = out.resolve()
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file: name a folder with --out.")
-    if out.exists() and any(path.name != "cache" for path in out.iterdir()) and not (out / MARK).exists():
-        raise BadInput(f"{out} holds files that are not of this analysis: name another folder with --out.")
+    if Path.cwd().is_relative_to(out):
+        raise BadInput(f"--out must not be the folder you are in, or one above: {out}.")
+    for path in inputs:
+        if path.resolve().is_relative_to(out):
+            raise BadInput(f"{path}, which is to be read, is in the folder of --out: name another.")
+    if not out.exists():
+        return
+    try:
+        known = {"cache", *json.loads((out / MARK).read_text())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {"cache"}
+    if others := sorted(path.name for path in out.iterdir() if path.name not in known):
+        raise BadInput(f"{out} holds {others[0]}, which is not of this analysis: name another folder with --out.")
 
 
 def write_csv(table: Table, path: Path) -> None:
@@ -112,13 +128,12 @@ def shown(value, digits: int) -> str:
 
 
 def facts(results: Results, command: str) -> str:
-    study = results.study
-    games = f"{len(study.games)} game{'s' * (len(study.games) != 1)}"
+    """Return what was analysed and how, in a few sentences."""
+    study, few = results.study, min(results.resamples, CURVE_RESAMPLES)
     counted = f", {len(study.scored)} of them in the aggregates" if study.scored != study.games else ""
-    return (
-        f"{len(study.groups)} settings, {games}{counted}, {study.seeds}, {study.frames[-1]:,} emulator frames. "
-        f"Scores: {study.unit}. Intervals: 95%, stratified bootstrap of {results.resamples:,} resamples. By {command}"
-    )
+    counted = f"{len(study.groups)} settings, {results.counted(study.games)}{counted}, {study.frames[-1]:,} frames"
+    drawn = f"{results.resamples:,} resamples ({few:,} of curves and profiles)"
+    return f"{counted}. Scores: {study.unit}. Intervals: 95%, stratified bootstrap, {drawn}. By {command}"
 
 
 def markdown(results: Results, made: list[Table], command: str) -> str:

@@ -6,10 +6,10 @@ import numpy as np
 
 from analysis import statistics
 from analysis.runs import BadInput
-from analysis.scores import Group, Study, read_baselines
+from analysis.scores import Group, Study, read_random
 from analysis.statistics import Interval
 
-CURVE_RESAMPLES = 2_000  # at most, of curves, profiles and improvements: their bands are drawn, not printed
+CURVE_RESAMPLES = 2_000  # at most, of curves and profiles, which have hundreds of points
 POINTS = 201  # at most, of a curve
 
 
@@ -39,8 +39,11 @@ class Results:
     @property
     def caption(self) -> str:
         """What every figure says of its data."""
-        games = len(self.study.scored)
-        return f"{games} game{'s' * (games != 1)}, {self.study.seeds}, 95% stratified bootstrap intervals"
+        return f"{self.counted(self.study.scored)}, 95% stratified bootstrap intervals"
+
+    def counted(self, games: list[str]) -> str:
+        """How many games and seeds."""
+        return f"{len(games)} game{'s' * (len(games) != 1)}, {self.study.seeds}"
 
 
 def find_group(groups: list[Group], name: str) -> Group:
@@ -71,7 +74,7 @@ def compute(study: Study, reference: str | None, resamples: int, rng: np.random.
     aggregates, curves, hours, profiles, improvement, gains = {}, {}, {}, {}, {}, {}
     for group in study.groups:
         strata = group.strata(study.scored)
-        aggregates[group.label] = statistics.estimate(strata, next(streams), resamples=resamples)
+        aggregates[group.label] = statistics.estimate(strata, next(streams), study.metrics, resamples)
         whole = [group.normalised[game][:, points] for game in study.scored]
         curves[group.label] = statistics.estimate(whole, next(streams), ["iqm"], few)["iqm"]
         profiles[group.label] = statistics.performance_profile(strata, thresholds, next(streams), few)
@@ -79,7 +82,7 @@ def compute(study: Study, reference: str | None, resamples: int, rng: np.random.
             hours[group.label] = np.concatenate([group.hours[game] for game in study.scored]).mean(axis=0)[points]
         if group is not chosen:
             theirs = chosen.strata(study.scored)
-            improvement[group.label] = statistics.probability_of_improvement(strata, theirs, next(streams), few)
+            improvement[group.label] = statistics.probability_of_improvement(strata, theirs, next(streams), resamples)
             gains[group.label] = per_game_gains(group, chosen, study.games)
     shown = (study.frames[points], curves, hours, thresholds, profiles, improvement, gains)
     return Results(study, chosen, resamples, aggregates, *shown)
@@ -90,10 +93,10 @@ def per_game_gains(group: Group, reference: Group, games: list[str]) -> dict[str
 
     100 (A - B) / |B - random|; random play counts as 0 where its score is not known. Infinite where B = random.
     """
-    baselines, gains = read_baselines(), {}
+    random_play, gains = read_random(), {}
     for game in games:
         ours, theirs = group.raw[game][:, -1].mean(), reference.raw[game][:, -1].mean()
-        base = abs(theirs - baselines.get(game, (0.0, 0.0))[0])
+        base = abs(theirs - random_play.get(game, 0.0))
         with np.errstate(divide="ignore"):
             gains[game] = float(100 * np.divide(ours - theirs, base)) if ours != theirs else 0.0
     return gains
@@ -116,9 +119,9 @@ def tables(results: Results) -> list[Table]:
     study, made = results.study, []
     rows = []
     for group in results.ordered:
-        for name, metric in statistics.METRICS.items():
-            found = results.aggregates[group.label][name]
-            rows.append([group.label, metric.title, float(found.point), float(found.low), float(found.high)])
+        for name, found in results.aggregates[group.label].items():
+            title = statistics.METRICS[name].title
+            rows.append([group.label, title, float(found.point), float(found.low), float(found.high)])
     made.append(Table("aggregates", f"Aggregates ({study.unit})", ["setting", "metric", "value", "low", "high"], rows))
     if results.others:
         rows = []
@@ -150,12 +153,12 @@ def tables(results: Results) -> list[Table]:
     rows = []
     for group in results.ordered:
         for game in study.games:
-            for run, raw in zip(group.runs[game], group.raw[game], strict=True):
-                scaled = group.normalised.get(game)
-                place = group.runs[game].index(run)
-                normalised = [None] * len(raw) if scaled is None else scaled[place].tolist()
-                for frames, score, value in zip(study.frames.tolist(), raw.tolist(), normalised, strict=True):
-                    rows.append([group.label, run.agent, game, run.seed, frames, score, value])
+            key = [value for name, value in zip(study.by, group.key, strict=True) if name != "agent"]
+            scaled = group.normalised.get(game, np.full(group.raw[game].shape, None))
+            for run, *values in zip(group.runs[game], group.raw[game].tolist(), scaled.tolist(), strict=True):
+                for frames, score, value in zip(study.frames.tolist(), *values, strict=True):
+                    rows.append([group.label, run.agent, game, run.seed, frames, score, value, *key])
     columns = ["setting", "agent", "game", "seed", "frames", "score", "normalised"]
+    columns += [name for name in study.by if name != "agent"]
     made.append(Table("scores", "Every score", columns, rows))
     return made

@@ -5,6 +5,7 @@ the records of a file are found in one pass and those that hold one scalar, near
 the others (headers, texts, restarts) by TensorBoard's protobuf. What was read is kept in a cache.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,8 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 KEPT = ("charts/episodic_return", "eval/episodic_return", "diagnostics/")  # beginnings of the tags that are kept
-LAYOUT = 1  # of a cached file: another number makes the old ones unreadable, and they are made anew
+RETURNS = ("charts/episodic_return", "eval/episodic_return")
+LAYOUT = 2  # of a cached file: another number makes the old ones unreadable, and they are made anew
 
 
 class BadInput(Exception):
@@ -52,15 +54,22 @@ class Folder:
 
 def find_folders(paths: Iterable[Path]) -> list[Path]:
     """Return every folder with an args.json in or below `paths`, sorted. Raises BadInput where there is none."""
-    found = []
+    found = {}
     for path in paths:
         if not path.exists():
             raise BadInput(f"{path} does not exist.")
-        here = sorted({file.parent for file in path.rglob("args.json")})
+        here, seen = {}, set()
+        for name, below, files in os.walk(path, followlinks=True):
+            place = os.path.realpath(name)
+            if place in seen:  # links may lead in circles
+                below.clear()
+            elif "args.json" in files:
+                here[place] = Path(name)
+            seen.add(place)
         if not here:
             raise BadInput(f"{path} holds no run: a run is a folder with args.json and a TensorBoard log.")
-        found += here
-    return sorted(set(found))
+        found |= here
+    return sorted(found.values())
 
 
 def read_folders(paths: list[Path], cache: Path | None) -> list[Folder]:
@@ -86,20 +95,25 @@ def read_folder(path: Path, cache: Path | None) -> Folder:
     if not logs:
         raise BadInput(f"{path} holds no TensorBoard log (events.out.tfevents.*): remove the folder, or name others.")
     collected: dict[str, list[np.ndarray]] = {}
-    start = None
+    passed = 0.0  # seconds of the logs before, not of the pauses between them
     for log in logs:
         scalars, restart, began, cut_off = read_log(log)
-        start = began if start is None else start
         if restart is not None:  # the run was taken up again at this step: what was logged beyond is superseded
             collected = {tag: [part[part[:, 0] < restart] for part in parts] for tag, parts in collected.items()}
+            passed = max((part[:, 2].max(initial=0.0) for parts in collected.values() for part in parts), default=0.0)
         for tag, table in scalars.items():
+            table[:, 2] += passed - began
             collected.setdefault(tag, []).append(table)
+        passed = max((table[:, 2].max(initial=passed) for table in scalars.values()), default=passed)
         folder.cut_off = cut_off
     for tag, parts in collected.items():
         table = np.concatenate(parts)
         folder.last_step = max(folder.last_step, int(table[:, 0].max(initial=0)))
         if tag.startswith(KEPT):
-            folder.series[tag] = Series(table[:, 0].astype(np.int64), table[:, 1], table[:, 2] - start)
+            folder.series[tag] = Series(table[:, 0].astype(np.int64), table[:, 1], table[:, 2])
+        if tag.startswith(RETURNS) and not (good := np.isfinite(table[:, 1]) & (table[:, 0] > 0)).all():
+            step, value, _ = table[~good][0]
+            raise BadInput(f"{path}: {tag} is {value} at step {step:,.0f}, and cannot be a score.")
     if kept:
         _to_cache(kept, folder, stamp)
     return folder
@@ -114,7 +128,9 @@ def read_record(path: Path) -> dict:
             raise TypeError
         if not all(type(flags[name]) is int for name in ("seed", "total_timesteps")):
             raise TypeError
-        record["frames_per_step"] = int(record.get("frames_per_step", 1))
+        record["packages"] = dict(record.get("packages") or {})
+        if not (type(record["frames_per_step"]) is int and record["frames_per_step"] > 0):
+            raise TypeError
     except OSError as error:
         raise BadInput(f"{path} could not be read: {error.strerror}.") from None
     except UnicodeDecodeError:
@@ -122,7 +138,7 @@ def read_record(path: Path) -> dict:
     except json.JSONDecodeError as error:
         raise BadInput(f"{path}, line {error.lineno}: {error.msg}.") from None
     except (KeyError, TypeError, ValueError):
-        raise BadInput(f"{path} is no record of a run: it lacks the agent, its env_id, seed or other flags.") from None
+        raise BadInput(f"{path} is no record of a run: the agent, a flag or another fact is missing.") from None
     return record
 
 
@@ -252,7 +268,8 @@ def _to_cache(kept: Path, folder: Folder, stamp: list) -> None:
             np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
         os.replace(aside, kept)
     except OSError:  # a cache that cannot be written is no cache, and no error
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def _from_cache(kept: Path, path: Path, stamp: list) -> Folder | None:

@@ -6,7 +6,7 @@ silence: `Study.notes` says it in sentences that name games, seeds and flags.
 
 import csv
 import gzip
-import math
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from analysis.runs import BadInput, Folder, Series
+from analysis.statistics import METRICS
 
 DATA = Path(__file__).resolve().parent / "data"
 COLUMNS = ("agent", "game", "seed", "frames", "score")  # of a long table; all others but IGNORED are settings
-IGNORED = {"source", "hours"}
+IGNORED = {"source", "hours", "setting", "normalised"}
 COSMETIC = {  # flags that do not change what is learned
-    *("exp_name", "seed", "env_id", "cuda", "track", "save_model", "capture_video", "eval_only", "checkpoint"),
+    *("exp_name", "seed", "cuda", "track", "save_model", "capture_video", "eval_only", "checkpoint"),
     *("resume", "eval_episodes", "eval_frequency", "diagnostics_frequency", "checkpoint_frequency", "record_dataset"),
 }
 
@@ -41,6 +42,10 @@ class Run:
     finished: bool = True
     series: dict[str, Series] = field(default_factory=dict)  # diagnostics, against agent steps
     frames_per_step: int = 1
+    steps: int = 0  # agent steps of an iteration
+    repeated: int = 0  # iterations in which no game ended
+    tail: int = 0  # agent steps after the last whole iteration
+    cut_off: bool = False  # the log ends in the middle of a record
 
 
 def short_name(env_id: str) -> str:
@@ -54,13 +59,33 @@ def iteration_steps(folders: list[Folder]) -> int:
     return min(250_000, max(1, min(folder.record["args"]["total_timesteps"] for folder in folders) // 20))
 
 
+def describe(folder: Folder) -> Run:
+    """Return a run folder's facts, as yet without its curve."""
+    flags = folder.record["args"]
+    plain = {k: v if isinstance(v, str | int | float | None) else str(v) for k, v in flags.items() if k != "seed"}
+    return Run(
+        agent=folder.record["agent"],
+        game=short_name(flags["env_id"]),
+        seed=flags["seed"],
+        frames=np.zeros(0, int),
+        scores=np.zeros(0),
+        source=str(folder.path),
+        settings=plain,
+        versions=folder.record["packages"],
+        finished=folder.finished,
+        series={tag: series for tag, series in folder.series.items() if tag.startswith("diagnostics/")},
+        frames_per_step=folder.record["frames_per_step"],
+        cut_off=folder.cut_off,
+    )
+
+
 def run_of(folder: Folder, steps: int, evaluation: bool) -> Run:
     """Return the curve of a run folder.
 
     The score of an iteration is the mean raw return of the training games that ended in its `steps` agent steps; of one
     in which none ended, that of the iteration before. With `evaluation` the points are the evaluations instead.
     """
-    flags, frames_per_step = folder.record["args"], folder.record["frames_per_step"]
+    run = describe(folder)
     empty = Series(np.zeros(0, int), np.zeros(0), np.zeros(0))
     if evaluation:
         series = folder.series.get("eval/episodic_return", empty)
@@ -78,28 +103,17 @@ def run_of(folder: Folder, steps: int, evaluation: bool) -> Run:
         first = int((known < 0).sum())
         ends, known = (np.arange(count)[first:] + 1) * steps, known[first:]
         scores, times = total[known] / games[known], last[known]
-    return Run(
-        agent=folder.record["agent"],
-        game=short_name(flags["env_id"]),
-        seed=flags["seed"],
-        frames=ends * frames_per_step,
-        scores=scores,
-        source=str(folder.path),
-        settings={name: value for name, value in flags.items() if name not in ("seed", "env_id")},
-        versions=folder.record.get("packages", {}),
-        hours=times / 3600,
-        finished=folder.finished,
-        series={tag: series for tag, series in folder.series.items() if tag.startswith("diagnostics/")},
-        frames_per_step=frames_per_step,
-    )
+        run.steps, run.repeated, run.tail = steps, int((games[first:] == 0).sum()), folder.last_step - count * steps
+    run.frames, run.scores, run.hours = ends * run.frames_per_step, scores, times / 3600
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------- from a long table
 def open_table(path: Path):
     """Open a CSV file, compressed or not. Raises OSError."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", newline="", encoding="utf-8")
-    return open(path, newline="", encoding="utf-8")
+        return gzip.open(path, "rt", newline="", encoding="utf-8-sig")
+    return open(path, newline="", encoding="utf-8-sig")
 
 
 def value_of(text: str):
@@ -136,7 +150,7 @@ def read_scores(path: Path) -> list[Run]:
                     seed, frames, score = int(cells["seed"]), int(cells["frames"]), float(cells["score"])
                 except ValueError:
                     raise BadInput(f"{where}: seed and frames must be whole numbers, and score a number.") from None
-                if not math.isfinite(score) or frames < 0:
+                if not abs(score) < 1e100 or not 0 <= frames < 2**60:
                     raise BadInput(f"{where}: the score is {score} at {frames} frames; leave out what is not known.")
                 if not cells["agent"] or not cells["game"]:
                     raise BadInput(f"{where}: agent or game is empty.")
@@ -144,7 +158,7 @@ def read_scores(path: Path) -> list[Run]:
                 if frames in curves[key]:
                     raise BadInput(f"{where}: repeats line {curves[key][frames][1]} (same run, same frames).")
                 curves[key][frames] = (score, reader.line_num)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path} could not be read: {getattr(error, 'strerror', None) or error}.") from None
     except UnicodeDecodeError:
         raise BadInput(f"{path} is no text in UTF-8.") from None
@@ -152,6 +166,8 @@ def read_scores(path: Path) -> list[Run]:
         raise BadInput(f"{path}, line {reader.line_num}: {error}.") from None
     if not curves:
         raise BadInput(f"{path} has no row of scores.")
+    for place, name in enumerate(settings, 3):
+        _check_setting(path, name, place, curves)
     runs = []
     for (agent, game, seed, *values), points in curves.items():
         frames = np.array(sorted(points))
@@ -160,6 +176,15 @@ def read_scores(path: Path) -> list[Run]:
         found = {name: value_of(value) for name, value in zip(settings, values, strict=True)}
         runs.append(Run(agent, game, seed, frames, scores, where, found))
     return runs
+
+
+def _check_setting(path: Path, name: str, place: int, curves: dict) -> None:
+    """Raise BadInput if a column tells rows of one run apart: no two of its values have frames in common."""
+    together = defaultdict(list)
+    for key, points in curves.items():
+        together[key[:place] + key[place + 1 :]].append(set(points))
+    if any(len(parts) > 1 and sum(map(len, parts)) == len(set.union(*parts)) > 2 for parts in together.values()):
+        raise BadInput(f"{path}: the column {name!r} changes within a run, so that it is no setting: remove it.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- study
@@ -190,11 +215,19 @@ class Study:
     frames: np.ndarray  # (points,)
     unit: str  # of a normalised score
     notes: list[str]
+    metrics: list[str]  # that make sense of this unit
 
     @property
     def seeds(self) -> str:
         counts = sorted({len(runs) for group in self.groups for runs in group.runs.values()})
         return "1 seed" if counts == [1] else f"{'-'.join(map(str, sorted({counts[0], counts[-1]})))} seeds"
+
+
+def read_random() -> dict[str, float]:
+    """{game: score of random play} of the games for which it is known."""
+    with open_table(DATA / "minatar_random.csv") as file:
+        rows = list(csv.DictReader(file))
+    return {game: low for game, (low, _) in read_baselines().items()} | {r["game"]: float(r["random"]) for r in rows}
 
 
 def read_baselines() -> dict[str, tuple[float, float]]:
@@ -226,35 +259,35 @@ def make_study(runs: list[Run], by: list[str], normalize: str) -> Study:
             known = sorted({"agent", *(key for run in runs for key in run.settings)})
             raise BadInput(f"no run has {name!r}, by which to group: there are {', '.join(known)}.")
     runs = _without_repeats(runs, by, notes)
-    if empty := [run for run in runs if not len(run.frames)]:
-        notes.append(f"Left out, as no iteration is complete: {_listed(run.source for run in empty)}.")
+    _note_curves(runs, notes)
     runs = [run for run in runs if len(run.frames)]
     if not runs:
         raise BadInput("no run has a complete iteration yet.")
-    if unfinished := [run for run in runs if not run.finished]:
-        notes.append(f"Unfinished: {_listed(run.source for run in unfinished)}.")
-    families = {run.game.startswith("MinAtar/") for run in runs}
-    if len(families) > 1:
+    if len({run.game.startswith("MinAtar/") for run in runs}) > 1:
         raise BadInput("there are runs of ALE and of MinAtar games: choose some with --games.")
-    collected: dict[tuple, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    collected: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    keys = {}
     for run in sorted(runs, key=lambda run: (run.game, run.seed)):
-        collected[tuple(get(run, name) for name in by)][run.game].append(run)
-    keys = sorted(collected, key=lambda key: [(str(type(value)), value) for value in key])
-    games = _common_games(by, collected, notes)
-    frames = _common_frames(by, [run for found in collected.values() for game in games for run in found[game]], notes)
-    for key in keys:
-        _note_missing_seeds(label_of(by, key), {game: collected[key][game] for game in games}, notes)
-        _note_protocols(label_of(by, key), [run for game in games for run in collected[key][game]], notes)
+        key = tuple(get(run, name) for name in by)
+        keys.setdefault(label_of(by, key), key)
+        collected[label_of(by, key)][run.game].append(run)
+    labels = sorted(keys, key=lambda label: [(str(type(value)), value) for value in keys[label]])
+    games = _common_games(collected, notes)
+    frames = _common_frames({label: [run for g in games for run in collected[label][g]] for label in labels}, notes)
+    seeds = {game: {run.seed for found in collected.values() for run in found[game]} for game in games}
     groups = []
-    for key in keys:
-        chosen = {game: collected[key][game] for game in games}
+    for label in labels:
+        chosen = {game: collected[label][game] for game in games}
+        _note_missing_seeds(label, chosen, seeds, notes)
+        _note_protocols(label, [run for found in chosen.values() for run in found], notes)
         raw = {game: np.stack([_at(run, frames, run.scores) for run in found]) for game, found in chosen.items()}
         hours = None
         if all(run.hours is not None for found in chosen.values() for run in found):
             hours = {game: np.stack([_at(run, frames, run.hours) for run in found]) for game, found in chosen.items()}
-        groups.append(Group(key, label_of(by, key), chosen, raw, {}, hours))
+        groups.append(Group(keys[label], label, chosen, raw, {}, hours))
     scored, unit = _normalise(groups, games, normalize, notes)
-    return Study(by, groups, games, scored, frames, unit, notes)
+    metrics = [name for name in METRICS if normalize != "none" or name != "optimality_gap"]
+    return Study(by, groups, games, scored, frames, unit, notes, metrics)
 
 
 def _at(run: Run, frames: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -268,35 +301,63 @@ def _listed(items: Iterable[str], most: int = 12) -> str:
 
 def _without_repeats(runs: list[Run], by: list[str], notes: list[str]) -> list[Run]:
     """Of runs with the same group, game and seed keep the longest, the last one made if they are equally long."""
-    found: dict[tuple, Run] = {}
+    together = defaultdict(list)
     for run in runs:
-        key = (*(get(run, name) for name in by), run.game, run.seed)
-        if key not in found:
-            found[key] = run
-            continue
-        reach = [int(x.frames[-1]) if len(x.frames) else 0 for x in (found[key], run)]
-        kept, left = (run, found[key]) if reach[1] >= reach[0] else (found[key], run)
-        found[key] = kept
-        names = sorted((kept.settings.keys() | left.settings.keys()) - COSMETIC)
-        flags = [f"--{name.replace('_', '-')}" for name in names if kept.settings.get(name) != left.settings.get(name)]
-        notes.append(f"Left out, as {kept.source} has the same setting, game and seed: {left.source}.")
-        if flags:
-            notes[-1] = f"Warning: {notes[-1]} They differ in {_listed(flags)}: group by one with --by."
-    return list(found.values())
+        together[(label_of(by, tuple(get(run, name) for name in by)), run.game, run.seed)].append(run)
+    kept, left, flags = [], [], set()
+    for found in together.values():
+        best = max(reversed(found), key=lambda run: int(run.frames[-1]) if len(run.frames) else 0)
+        kept.append(best)
+        left += [run.source for run in found if run is not best]
+        flags |= {name for run in found for name in _differences([best, run])}
+    if left:
+        notes.append(f"Left out, as another run has the same setting, game and seed: {_listed(left)}.")
+    if flags:
+        notes[-1] = f"Warning: {notes[-1]} They differ in {_listed(sorted(flags))}: group by one with --by."
+    return kept
 
 
-def _common_games(by: list[str], collected: dict, notes: list[str]) -> list[str]:
+def _differences(runs: list[Run]) -> dict[str, list[str]]:
+    """{flag: its values} of the flags, the agent among them, that are not the same in all these runs of one setting."""
+    found = {}
+    for name in ["agent", *sorted({name for run in runs for name in run.settings} - COSMETIC)]:
+        values = {str(get(run, name)) for run in runs}
+        if name == "env_id":  # one for each game is as it should be
+            values = set() if len(values) == len({run.game for run in runs}) else values
+        if len(values) > 1:
+            found[name if name == "agent" else f"--{name.replace('_', '-')}"] = sorted(values)
+    return found
+
+
+def _note_curves(runs: list[Run], notes: list[str]) -> None:
+    """Say what is to know of single curves."""
+    for steps in sorted({run.steps for run in runs if run.steps}):
+        notes.append(f"A score is the mean of the games that ended in {steps:,} agent steps.")
+    if repeated := [f"{run.repeated} of {run.source}" for run in runs if run.repeated]:
+        notes.append(f"Iterations in which no game ended repeat the score before: {_listed(repeated)}.")
+    if tails := [f"{run.tail:,} of {run.source}" for run in runs if run.tail and run.finished]:
+        notes.append(f"Left out, as less than an iteration, are the last steps: {_listed(tails)}.")
+    if empty := [run.source for run in runs if not len(run.frames)]:
+        notes.append(f"Left out, as no iteration is complete: {_listed(empty)}.")
+    if unfinished := [run.source for run in runs if not run.finished]:
+        notes.append(f"Unfinished: {_listed(unfinished)}.")
+    if cut_off := [run.source for run in runs if run.cut_off]:
+        notes.append(f"The log ends in the middle of a record: {_listed(cut_off)}.")
+
+
+def _common_games(collected: dict, notes: list[str]) -> list[str]:
     every = sorted({game for found in collected.values() for game in found})
     games = [game for game in every if all(game in found for found in collected.values())]
-    for key, found in collected.items():
+    for label, found in collected.items():
         if missing := [game for game in every if game not in found]:
-            notes.append(f"{label_of(by, key)}: no run of {_listed(missing, 100)}; left out of every comparison.")
+            notes.append(f"{label}: no run of {_listed(missing, 100)}; left out of every comparison.")
     if not games:
         raise BadInput("there is no game that all settings have: choose settings with --only.")
     return games
 
 
-def _common_frames(by: list[str], runs: list[Run], notes: list[str]) -> np.ndarray:
+def _common_frames(collected: dict[str, list[Run]], notes: list[str]) -> np.ndarray:
+    runs = [run for found in collected.values() for run in found]
     frames = set(runs[0].frames.tolist()).intersection(*(run.frames.tolist() for run in runs[1:]))
     if not frames:
         raise BadInput("the runs have no number of frames in common: choose some with --only.")
@@ -306,29 +367,28 @@ def _common_frames(by: list[str], runs: list[Run], notes: list[str]) -> np.ndarr
     if len(every) > len(frames):
         notes.append(f"Left out {len(every) - len(frames)} of {len(every)} points in time, which not all runs have.")
     if longest > frames[-1]:
-        short = {label_of(by, tuple(get(run, name) for name in by)) for run in runs if run.frames[-1] == frames[-1]}
+        short = [label for label, found in collected.items() if any(run.frames[-1] == frames[-1] for run in found)]
         what = f"Cut to {frames[-1]:,} frames, which all runs have; the longest have {longest:,}"
-        notes.append(f"{what}. No longer than that: runs of {_listed(sorted(short))}.")
+        notes.append(f"{what}. No longer than that: runs of {_listed(short)}.")
     return frames
 
 
-def _note_missing_seeds(label: str, chosen: dict[str, list[Run]], notes: list[str]) -> None:
-    every = {run.seed for found in chosen.values() for run in found}
+def _note_missing_seeds(label: str, chosen: dict[str, list[Run]], seeds: dict[str, set[int]], notes: list[str]) -> None:
+    """Name the seeds that another game or setting has and this has not, and games of a single seed."""
+    every, lacking = set.union(*seeds.values()), defaultdict(list)
     for game, found in chosen.items():
         if missing := sorted(every - {run.seed for run in found}):
-            notes.append(f"{label}: {game} lacks seed {_listed(map(str, missing), 30)}.")
+            lacking[_listed(map(str, missing), 30)].append(game)
+    for missing, games in lacking.items():
+        notes.append(f"{label}: no seed {missing} of {_listed(games)}.")
     if single := [game for game, found in chosen.items() if len(found) == 1]:
-        notes.append(f"{label}: a single seed, which tells nothing of the spread, in {_listed(single)}.")
+        notes.append(f"{label}: a single seed, which tells nothing of the spread, of {_listed(single)}.")
 
 
 def _note_protocols(label: str, runs: list[Run], notes: list[str]) -> None:
     """Runs of one group should differ in game and seed alone."""
-    names = sorted({name for run in runs for name in run.settings} - COSMETIC)
-    for name in names:
-        values = {str(run.settings.get(name)) for run in runs}
-        if len(values) > 1:
-            flag = f"--{name.replace('_', '-')}"
-            notes.append(f"Warning: {label} has runs of different {flag}: {_listed(sorted(values))}.")
+    for flag, values in _differences(runs).items():
+        notes.append(f"Warning: {label} has runs of different {flag}: {_listed(values)}.")
     for package in sorted({name for run in runs for name in run.versions}):
         values = {str(run.versions.get(package)) for run in runs}
         if len(values) > 1:
@@ -340,6 +400,8 @@ def _normalise(groups: list[Group], games: list[str], normalize: str, notes: lis
     baselines = read_baselines()
     if normalize == "none":
         scale, unit = dict.fromkeys(games, (0.0, 1.0)), "return"
+        if len(games) > 1:
+            notes.append("Aggregates pool the returns as they are: games of large returns weigh most.")
     elif normalize == "human":
         scale, unit = {game: baselines[game] for game in games if game in baselines}, "human-normalised score"
         if missing := [game for game in games if game not in scale]:
@@ -352,16 +414,17 @@ def _normalise(groups: list[Group], games: list[str], normalize: str, notes: lis
         if normalize == name or len(chosen) != 1:
             labels = "; ".join(group.label for group in groups)
             raise BadInput(f"--normalize {normalize}: give human, none, or baseline: and one of {labels}.")
+        random_play = read_random()
         scale, unit = {}, f"score relative to {chosen[0].label}"
         for game in games:
-            random, top = baselines.get(game, (0.0, 0.0))[0], float(chosen[0].raw[game][:, -1].mean())
+            random, top = random_play.get(game, 0.0), float(chosen[0].raw[game][:, -1].mean())
             if top > random:
                 scale[game] = (random, top)
             else:
                 notes.append(f"Left out of the aggregates, as {chosen[0].label} is no better than random play: {game}.")
         if not scale:
             raise BadInput(f"{chosen[0].label} is no better than random play in any game.")
-        if unknown := [game for game in scale if game not in baselines]:
+        if unknown := [game for game in scale if game not in random_play]:
             notes.append(f"The score of random play is taken to be 0 in {_listed(unknown, 100)}.")
     for group in groups:
         group.normalised = {game: (group.raw[game] - low) / (high - low) for game, (low, high) in scale.items()}
