@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from analysis import statistics
 from analysis.results import CURVE_RESAMPLES, Results
@@ -93,6 +94,12 @@ def _band(axes, across: np.ndarray, found: statistics.Interval, line: dict) -> N
 def _legend(figure: Figure, axes, columns: int = 3) -> None:
     handles, labels = [found[::-1] for found in axes.get_legend_handles_labels()]  # drawn last: on top
     figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)), fontsize=8)
+
+
+def _plain_ticks(axes) -> None:
+    """Label the ticks of a logarithmic axis with plain numbers: matplotlib's are mathtext, which STYLE turns off."""
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # only where there is hardly a major one
 
 
 def _frames_unit(frames: np.ndarray) -> tuple[float, str]:
@@ -191,6 +198,7 @@ def gains(results: Results, group: Group) -> Figure:
         if len(size) and size.max() / size.min() > 50:
             smallest = 10 ** math.floor(math.log10(np.quantile(size, 0.1)))
             axes.set_yscale("symlog", linthresh=max(1.0, smallest))
+            _plain_ticks(axes)
         names = [game.removeprefix("MinAtar/") for _, game in found]
         axes.set_xticks(range(len(found)), names, rotation=90, fontsize=7)
         axes.margins(y=0.08)
@@ -285,6 +293,7 @@ def diagnostics(results: Results) -> Figure:
             if tag in ("diagnostics/loss_variance", "diagnostics/gradient_norm"):
                 for lower in panels[:, list(panels[0]).index(axes)]:
                     lower.set_yscale("log")
+                    _plain_ticks(lower)
         _legend(figure, panels[0, 0])
     return figure
 

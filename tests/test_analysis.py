@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from analysis import __main__ as command
-from analysis import results, runs, scores
+from analysis import figures, results, runs, scores
 from analysis.runs import BadInput
 
 
@@ -500,6 +501,26 @@ def test_the_same_seed_gives_the_same_files(folders, tmp_path, monkeypatch, caps
         assert run_command(monkeypatch, capsys, folders, "--out", tmp_path / name, "--resamples", "300")[0] == 0
     for path in sorted((tmp_path / "one").glob("*.csv")) + sorted((tmp_path / "one").glob("*.svg")):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_no_figure_shows_markup(tmp_path):
+    """Names may have dollars, so that mathtext is off: ticks of logarithmic axes must do without it."""
+    found = []
+    for level, flags in ((0.0, {"batch_size": 8}), (1.0, {"batch_size": 32})):
+        for number, game in enumerate(("Pong", "Breakout")):
+            folder = tmp_path / f"{game}{level}"
+            write_run(folder, "a$b$", f"ALE/{game}-v5", 1, level=level * 1_000**number, flags=flags)
+            found.append(scores.run_of(runs.read_folder(folder, None), 100, False))
+    made = scores.make_study(found, ["agent", "batch_size"], "none")
+    made = results.compute(made, None, 50, np.random.default_rng(0))
+    made.gains["a$b$, batch size 8"] = {"Pong": 2.0, "Breakout": -9_000.0}
+    scales = set()
+    for name, _, figure in figures.draw(made):
+        figure.savefig(tmp_path / "figure.png")
+        texts = [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
+        assert not [text for text in texts if "mathdefault" in text], name
+        scales |= {axes.get_yscale() for axes in figure.axes}
+    assert scales == {"linear", "log", "symlog"}
 
 
 def test_a_folder_of_others_is_not_overwritten(folders, tmp_path, monkeypatch, capsys):
