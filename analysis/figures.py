@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis import statistics
 from analysis.results import CURVE_RESAMPLES, Results
@@ -99,7 +99,7 @@ def _legend(figure: Figure, axes, columns: int = 3) -> None:
 def _plain_ticks(axes) -> None:
     """Label the ticks of a logarithmic axis with plain numbers: matplotlib's are mathtext, which STYLE turns off."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # only where there is hardly a major one
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _frames_unit(frames: np.ndarray) -> tuple[float, str]:
@@ -293,6 +293,7 @@ def diagnostics(results: Results) -> Figure:
             if tag in ("diagnostics/loss_variance", "diagnostics/gradient_norm"):
                 for lower in panels[:, list(panels[0]).index(axes)]:
                     lower.set_yscale("log")
+                    lower.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # so that less than a decade has a label
                     _plain_ticks(lower)
         _legend(figure, panels[0, 0])
     return figure
