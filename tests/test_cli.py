@@ -166,7 +166,7 @@ def test_help_is_grouped_and_says_what_each_flag_means(path):
 
 def test_the_flags_in_the_readme_exist():
     known = set()
-    for path in [*AGENTS, *(ROOT / "benchmarks").glob("*.py")]:
+    for path in [*AGENTS, *(ROOT / "benchmarks").glob("*.py"), ROOT / "analysis" / "__main__.py"]:
         known |= {
             name.replace("_", "-") for name in re.findall(r"^    (\w+): .+ = .+  # ", path.read_text(), re.MULTILINE)
         }
