@@ -292,6 +292,8 @@ def diagnostics(results: Results) -> Figure:
         for tag, axes in zip(["return", *DIAGNOSTICS], panels[0], strict=True):
             if tag in ("diagnostics/loss_variance", "diagnostics/gradient_norm"):
                 for lower in panels[:, list(panels[0]).index(axes)]:
+                    if not any((line.get_ydata() > 0).any() for line in lower.lines):
+                        continue  # runs too short for a report, or zeros
                     lower.set_yscale("log")
                     lower.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # so that less than a decade has a label
                     _plain_ticks(lower)

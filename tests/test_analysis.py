@@ -523,6 +523,18 @@ def test_no_figure_shows_markup(tmp_path):
     assert scales == {"linear", "log", "symlog"}
 
 
+def test_runs_that_end_before_their_first_report(tmp_path):
+    """Diagnostics, but none as early as the frames that all runs have: empty panels, and no error."""
+    found = [runs.read_folder(write_run(tmp_path / str(seed), seed=seed), None) for seed in (1, 2)]
+    found = [scores.run_of(folder, 50, False) for folder in found]
+    found[0].frames, found[0].scores, found[0].hours = found[0].frames[:1], found[0].scores[:1], found[0].hours[:1]
+    found[1].settings = found[1].settings | {"batch_size": 8}
+    made = results.compute(scores.make_study(found, ["batch_size"], "none"), None, 50, np.random.default_rng(0))
+    figure = figures.diagnostics(made)
+    figure.savefig(tmp_path / "figure.png")
+    assert {axes.get_yscale() for axes in figure.axes} == {"linear"}
+
+
 def test_a_folder_of_others_is_not_overwritten(folders, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
