@@ -486,13 +486,13 @@ def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Ten
 
 def prediction_loss(q_network, target_network, latents: torch.Tensor, states, actions, masks) -> torch.Tensor:
     """Return the squared distances of predicted and true projections of the next K states, over K, (batch,)."""
-    projections = []
+    future = [latents]
     for step in range(masks.shape[1]):
-        latents = q_network.advance(latents, actions[:, step])  # of s_{t+1+step}
-        projections.append(q_network.projection(latents))
+        future.append(q_network.advance(future[-1], actions[:, step]))  # of s_{t+1+step}
+    predictions = q_network.predictor(q_network.projection(torch.stack(future[1:], dim=1)))
     with torch.no_grad():
         targets = target_network.projection(target_network.encode(states.flatten(0, 1))).unflatten(0, masks.shape)
-    cosines = nn.functional.cosine_similarity(q_network.predictor(torch.stack(projections, dim=1)), targets, dim=2)
+    cosines = nn.functional.cosine_similarity(predictions, targets, dim=2)
     return (masks * (2 - 2 * cosines)).mean(dim=1)  # |a/|a| - b/|b||^2 = 2 - 2 cos(a, b)
 
 
