@@ -19,6 +19,7 @@ A minute on a CPU (the whole MinAtar run has 500000 steps):
 
 import copy
 import difflib
+import gzip
 import importlib.metadata
 import importlib.util
 import json
@@ -57,6 +58,7 @@ class RunArgs:
     cuda: bool = True  # use a CUDA device where there is one
     track: bool = False  # mirror the logs to Weights & Biases (pip install wandb; WANDB_PROJECT names the project)
     diagnostics_frequency: int = 10_000  # agent steps between reports on the network, under diagnostics/ (0: none)
+    record_dataset: str | None = None  # new folder for the run's steps, as the DQN Replay Dataset has them
     save_model: bool = False  # keep the weights as model.pt in the run folder, before each evaluation
     eval_episodes: int = 10  # full games in each evaluation (0: no evaluation)
     eval_frequency: int = 0  # agent steps between evaluations during training (0: evaluate only after it)
@@ -216,7 +218,7 @@ class FrameReplay(ReplayBuffer):
         self.observations[row, 0] = obs[0, -channels:]
         self.observations[(row + 1) % self.buffer_size, 0] = next_obs[0, -channels:]
         self.actions[row], self.rewards[row], self.dones[row] = actions[0], rewards[0], terminations[0]
-        self.age[row] = self.episode_steps
+        self.age[row], self.age[(row + 1) % self.buffer_size] = self.episode_steps, -1  # -1: no step
         complete = np.arange(0 if terminations[0] else self.n_step - 1, min(self.n_step, self.episode_steps + 1))
         self.set_priorities((row - complete) % self.buffer_size, self.max_priority)  # whose windows this step completes
         self.episode_steps = 0 if terminations[0] or truncations[0] else self.episode_steps + 1
@@ -271,6 +273,65 @@ class FrameReplay(ReplayBuffer):
         """Draw 256 observations that can be sampled, with replacement, uniformly whatever their priorities."""
         rows = rng.choice(np.flatnonzero(self.priorities), 256)
         return self.to_torch(self._get_stacks(rows, self.age[rows]), False)
+
+
+class Recorder:
+    """Writes a run's steps in the layout of the DQN Replay Dataset (Agarwal et al., 2020), from the replay.
+
+    A checkpoint is six gzipped arrays, four of them with a row for each step: its newest frame, action, clipped reward,
+    whether it terminated. Three rows of zeros stand before each episode. There are buffer_size rows, fewer if the run
+    is shorter; from add_count (modulo their number) on they are no data.
+    """
+
+    def __init__(self, folder: str, replay: FrameReplay, args: Args):
+        self.folder, self.replay, self.number, self.start, self.rows = Path(folder), replay, 0, 0, 0
+        self.size = min(args.buffer_size, 4 * args.total_timesteps + 4)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if any(self.folder.iterdir()):
+                fail(f"--record-dataset {folder} is not empty: name a new folder.")
+        except OSError as error:
+            fail(f"--record-dataset {folder} could not be made: {error.strerror}.")
+
+    def count(self) -> None:
+        """Make room for a step that is about to be stored: write a checkpoint if it is full."""
+        replay, rows = self.replay, 1 if self.replay.episode_steps else 4
+        overwriting = (replay.pos - self.start) % replay.buffer_size >= replay.buffer_size - 2
+        if self.rows + rows >= self.size or overwriting:  # the dataset's files have no step in their last row
+            self.write()
+        self.rows += rows
+
+    def write(self, last: bool = False) -> None:
+        """Write the steps since the last checkpoint as the next; its files appear once all are whole."""
+        replay, size = self.replay, self.rows + 1 if last and self.number == 0 else self.size
+        rows = (self.start + np.arange((replay.pos - self.start) % replay.buffer_size)) % replay.buffer_size
+        rows = rows[replay.age[rows] >= 0]  # without the frames that follow truncations
+        rows = np.insert(rows, np.flatnonzero(replay.age[rows] == 0).repeat(3), -1)
+        used, rows = len(rows), np.append(rows, np.full(size - len(rows), -1))
+        frames = replay.observations[:, 0, 0] if replay.stack > 1 else replay.observations[:, 0]
+        arrays = {"$store$_observation": frames.view(np.uint8), "$store$_action": replay.actions.astype(np.int32)}
+        arrays |= {"$store$_reward": replay.rewards, "$store$_terminal": replay.dones.view(np.uint8)}
+        facts = {"add_count": self.number * size + used, "invalid_range": (used + np.arange(-1, 4)) % size}
+        paths = {name: self.folder / f"{name}_ckpt.{self.number}.gz" for name in [*arrays, *facts]}
+        try:
+            for name, path in paths.items():
+                with gzip.open(path.with_suffix(".tmp"), "wb", compresslevel=1) as file:
+                    if name in facts:
+                        np.save(file, np.int64(facts[name]))
+                        continue
+                    header = {"descr": arrays[name].dtype.str, "shape": (size, *arrays[name].shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header | {"fortran_order": False})
+                    for part in np.split(rows, range(4_096, size, 4_096)):
+                        block = arrays[name][part]
+                        block[part < 0] = 0
+                        file.write(block.tobytes())
+            for path in paths.values():
+                path.with_suffix(".tmp").rename(path)
+        except OSError as error:  # a run is worth more than its recording
+            tqdm.write(f"warning: checkpoint {self.number} of {self.folder} is not written: {error.strerror}")
+            for path in paths.values():
+                path.with_suffix(".tmp").unlink(missing_ok=True)
+        self.number, self.start, self.rows = self.number + 1, replay.pos, 0
 
 
 # ------------------------------------------------------------------------------------------------------------ network
@@ -471,6 +532,7 @@ def train(args: Args) -> Path | np.ndarray:
     rng, replay_rng, probe_rng = [np.random.default_rng([args.seed, 0, stream]) for stream in range(3)]
     tau_rng, taus = np.random.default_rng([args.seed, 0, 3]), [args.n_tau, args.n_target_tau, args.n_policy_tau]
     replay = FrameReplay(obs_space, num_actions, args, device, replay_rng)
+    recorder = Recorder(args.record_dataset, replay, args) if args.record_dataset else None
     folder, writer = make_run_folder(args, device)
     print(f"run folder: {folder} ({device})", flush=True)
     bar = tqdm(total=args.total_timesteps, unit=" steps", dynamic_ncols=True, disable=not sys.stderr.isatty())
@@ -486,6 +548,8 @@ def train(args: Args) -> Path | np.ndarray:
         next_obs, rewards, terminations, truncations, _ = envs.step(actions)
         episodic_return, episodic_length = episodic_return + float(rewards[0]), episodic_length + 1
         # ---------------------------------------------------------------------------------------------------- store
+        if recorder:
+            recorder.count()
         replay.add(obs, next_obs, actions, np.clip(rewards, -1, 1), terminations, truncations)
         obs = next_obs
         if terminations[0] or truncations[0]:
@@ -540,6 +604,8 @@ def train(args: Args) -> Path | np.ndarray:
             video = folder / f"videos/step-{global_step}.mp4"
             returns = evaluate(make_env(args), q_network, args, device, global_step, video)
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+    if recorder:
+        recorder.write(last=True)
     bar.close()
     writer.close()
     print(f"run folder: {folder}", flush=True)

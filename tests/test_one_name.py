@@ -11,11 +11,14 @@ from conftest import AGENTS, ROOT, load
 from sync import OWN, blocks, replaced, shared
 
 SOURCES = {path.stem: path.read_text() for path in AGENTS}
-LONGEST = {  # beside all that dqn.py has:
-    "rainbow": 606,  # two losses, and noisy, dueling and double, each to be switched
-    "der": 622,  # noisy layers, C51, LifeStack
-    "drq_eps": 588,  # augmentation, LifeStack
-    "spr": 708,  # der.py, augmentation, transition model, sequences
+LONGEST = {  # beside all that dqn.py has, recording included:
+    "qrdqn": 615,  # quantiles, and the study's knobs
+    "iqn": 620,  # the cosine embedding
+    "rainbow": 675,  # two losses, and noisy, dueling and double, each to be switched
+    "der": 690,  # noisy layers, C51, LifeStack
+    "drq_eps": 655,  # augmentation, LifeStack
+    "spr": 775,  # der.py, augmentation, transition model, sequences
+    "cql_offline": 695,  # instead of a replay of its own steps and of Recorder: reading a dataset; three losses
 }
 LESSONS = [("rainbow", "der", 140), ("der", "drq_eps", 145), ("der", "spr", 170)]
 GROUPS = ["RunArgs", "EnvironmentArgs", "TrainingArgs", "AlgorithmArgs"]
@@ -87,7 +90,8 @@ def test_batch_size_feeds_sampling_and_nothing_else(name):
 def test_sections_stand_in_the_same_order():
     banners = {name: re.findall(r"^ *# -{20,} (.+)$", source, re.MULTILINE) for name, source in SOURCES.items()}
     for name, found in banners.items():
-        assert found == banners["dqn"], name
+        played = name == "cql_offline" and ["act", "step", "store"]
+        assert found == [banner for banner in banners["dqn"] if not played or banner not in played], name
     assert banners["dqn"][-7:] == ["act", "step", "store", "learn", "target", "log", "checkpoint"]
 
 
@@ -98,7 +102,7 @@ def test_the_heart_is_short_and_the_file_is_one_sitting(name):
     assert sum(b - a for a, b in blocks(heart).values()) <= 40
     assert len(ast.get_docstring(ast.parse(source)).splitlines()) <= 20
     assert not re.search(r"\.squeeze\(\)", source)
-    assert len(source.splitlines()) <= LONGEST.get(name, 550)
+    assert len(source.splitlines()) <= LONGEST.get(name, 600)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import AGENTS, make_args, make_network
+from conftest import ONLINE, make_args, make_network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -325,7 +325,7 @@ def test_video_shows_the_evaluated_game_in_the_real_emulators_frames(dqn, monkey
         obs = envs.step(game[step])[0]
 
 
-@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ONLINE, ids=lambda path: path.stem)
 def test_a_file_copied_alone_trains_on_pong(path, tmp_path):
     """The file imports nothing of this repository: in an empty folder it learns from real Pong."""
     shutil.copy(path, tmp_path)

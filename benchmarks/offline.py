@@ -1,0 +1,204 @@
+"""Learning from a recording on MinAtar: cql_offline.py beside the DQN that made the data.
+
+    python benchmarks/offline.py --jobs 2
+
+records 500,000 steps of dqn.py in each game (a few minutes), cuts out the last tenth of them as a second, narrow
+dataset, and trains each algorithm on both, with one-step and three-step returns, batches of 8 and 32, three seeds. The
+score of a run is its last evaluation. Results are added to benchmarks/results/offline.csv as they come; runs that are
+there are not made again. The table has the IQM over games and seeds, in shares of what the behaviour policy (mean of
+the recorded games) and plain DQN (its last 100 games) gained on random play. MinAtar's settings are Dopamine's.
+"""
+
+import csv
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import tyro
+from learning import FLAGS, ROOT, random_play
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(ROOT))
+from analysis.statistics import estimate
+
+RESULTS = ROOT / "benchmarks" / "results" / "offline.csv"
+RECORDINGS = RESULTS.with_name("offline_recordings.csv")
+LEVELS = ["random", "all", "last tenth", "dqn"]  # mean returns: random play, recorded games, DQN's last 100 games
+KEYS = ["game", "data", "algorithm", "n_step", "batch_size", "seed", "total_timesteps"]  # what tells results apart
+DATA = ["all", "last tenth"]
+SETTINGS = {
+    **{"learning_rate": 2.5e-4, "adam_eps": 3.125e-4, "target_network_frequency": 1_000, "data_fraction": 1.0},
+    **{"v_min": -100.0, "v_max": 100.0, "eval_steps": 10_000},
+}
+NAMES = ("observation", "action", "reward", "terminal")
+LOCK = Lock()
+
+
+@dataclass
+class Args:
+    games: tuple[str, ...] = ("MinAtar/Breakout-v1", "MinAtar/Asterix-v1")  # games to learn
+    data: tuple[str, ...] = ("all", "last tenth")  # parts of the recordings to learn from
+    algorithms: tuple[str, ...] = ("dqn", "cql-dr3", "cql-c51")  # of cql_offline.py
+    n_steps: tuple[int, ...] = (1, 3)  # agent steps of reward in a return
+    batch_sizes: tuple[int, ...] = (8, 32)  # transitions per update
+    seeds: int = 3  # runs of each setting
+    recorded_steps: int = 500_000  # agent steps of the recording
+    total_timesteps: int = 200_000  # agent steps of training, an update every 4
+    jobs: int = 1  # runs at a time, each on one core
+    runs: Path = ROOT / "runs"  # folder of the run folders; the recordings are in datasets/ beside it
+    table_only: bool = False  # start nothing, print what is there
+
+
+def start(args: Args, agent: str, flags: dict) -> Path:
+    """Run an agent to its end; return its run folder."""
+    command = [sys.executable, str(ROOT / "agents" / f"{agent}.py")]
+    for name, value in flags.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    print(" ".join(command), flush=True)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=args.runs.parent, env=environment, check=True, capture_output=True, text=True)
+    return args.runs.parent / done.stdout.splitlines()[-1].removeprefix("run folder: ")
+
+
+def scalars(folder: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a tag of a run, both (points,)."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    found = events.Scalars(tag)
+    return np.array([event.step for event in found]), np.array([event.value for event in found])
+
+
+def dataset_of(args: Args, game: str, data: str) -> Path:
+    return args.runs.parent / "datasets" / f"{game.replace('/', '-')}-{data.replace(' ', '-')}"
+
+
+def record(args: Args, game: str) -> None:
+    """Record DQN, and write the last tenth of its steps as a dataset of its own, unless both are there."""
+    whole, tenth = [dataset_of(args, game, data) for data in DATA]
+    if tenth.exists():
+        return
+    shutil.rmtree(whole, ignore_errors=True)
+    flags = FLAGS["500k"] | {"env_id": game, "total_timesteps": args.recorded_steps, "record_dataset": whole}
+    run = start(args, "dqn", flags)
+    arrays = {name: [] for name in NAMES}
+    for number in range(len(list(whole.glob("add_count*")))):
+        with gzip.open(whole / f"add_count_ckpt.{number}.gz") as file:
+            add_count = int(np.load(file))
+        for name in NAMES:
+            with gzip.open(whole / f"$store$_{name}_ckpt.{number}.gz") as file:
+                array = np.load(file)
+            arrays[name].append(array[: add_count % len(array)])
+    arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    rows = len(arrays["action"])
+    first = rows - rows // 10
+    first += int(np.flatnonzero(arrays["terminal"][first:])[0]) + 1  # where a game begins
+    aside = tenth.with_suffix(".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    facts = {"add_count": np.int64(rows - first), "invalid_range": np.arange(-1, 4)}
+    kept = {f"$store$_{name}": np.append(array[first:], array[:1], axis=0) for name, array in arrays.items()}
+    for name, array in {**kept, **facts}.items():
+        with gzip.open(aside / f"{name}_ckpt.0.gz", "wb") as file:
+            np.save(file, array)
+    steps, returns = scalars(run, "charts/episodic_return")
+    late = returns[steps > 0.9 * args.recorded_steps]
+    values = [random_play(game).mean(), returns.mean(), late.mean(), returns[-100:].mean()]
+    aside.rename(tenth)
+    add_row(RECORDINGS, ["game", *LEVELS], [game, *[f"{value:.4f}" for value in values]])
+
+
+def add_row(path: Path, header: list[str], row: list) -> None:
+    """Add a row to a CSV file, which is made if need be."""
+    with LOCK:
+        path.parent.mkdir(exist_ok=True)
+        new = not path.exists()
+        with open(path, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([*([header] if new else []), row])
+
+
+def levels_of(args: Args) -> dict[str, dict[str, float]]:
+    """{game: {name of LEVELS: mean return}} of the recordings."""
+    with open(RECORDINGS, newline="") as file:
+        rows = {row.pop("game"): {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)}
+    return {game: rows[game] for game in args.games}
+
+
+def known() -> dict[tuple, float]:
+    """The results so far: {values of KEYS, as strings: score}."""
+    if not RESULTS.exists():
+        return {}
+    with open(RESULTS, newline="") as file:
+        return {tuple(row[key] for key in KEYS): float(row["score"]) for row in csv.DictReader(file)}
+
+
+def train(args: Args, wanted: dict) -> None:
+    """Train one run, unless its result is there."""
+    key = tuple(str(wanted[name]) for name in KEYS)
+    if key in known():
+        return
+    folder, game = dataset_of(args, wanted["game"], wanted["data"]), wanted["game"]
+    chosen = {name: wanted[name] for name in KEYS if name not in ("game", "data")}
+    flags = SETTINGS | chosen | {"env_id": game, "dataset_dir": folder}
+    checkpoints = min(5, len(list(folder.glob("add_count*"))))
+    flags |= {"num_checkpoints": checkpoints, "iteration_steps": args.total_timesteps // 4}
+    run = start(args, "cql_offline", flags)
+    score = scalars(run, "eval/episodic_return")[1][-1]
+    commit = json.loads((run / "args.json").read_text())["git_commit"] or ""
+    add_row(RESULTS, [*KEYS, "score", "git_commit"], [*key, f"{score:.4f}", commit])
+
+
+def table(args: Args) -> None:
+    """Print the scores, a row for each setting."""
+    results, levels = known(), levels_of(args)
+    for game, play in levels.items():
+        print(game + ": " + ", ".join(f"{name} {value:.2f}" for name, value in play.items()))
+    names = [game.split("/")[1].removesuffix("-v1") for game in args.games]
+    print(f"| data | algorithm | n-step | batch | {' | '.join(names)} | IQM, behaviour = 1 | IQM, DQN = 1 |")
+    print("|-|-|-|-|" + "-|" * (len(names) + 2))
+    for data, algorithm, n_step, batch_size in product(args.data, args.algorithms, args.n_steps, args.batch_sizes):
+        scores = []
+        for game in args.games:
+            keys = [(game, data, algorithm, n_step, batch_size, seed, args.total_timesteps) for seed in seeds_of(args)]
+            scores.append([results[key] for key in [tuple(map(str, key)) for key in keys] if key in results])
+        if not all(scores):
+            continue
+        cells = [f"{np.mean(found):.2f} ({', '.join(f'{score:.1f}' for score in found)})" for found in scores]
+        for top in (data, "dqn"):
+            strata = [
+                (np.array(found) - levels[game]["random"]) / (levels[game][top] - levels[game]["random"])
+                for game, found in zip(args.games, scores, strict=True)
+            ]
+            iqm = estimate(strata, np.random.default_rng(0), ["iqm"])["iqm"]
+            cells.append(f"{iqm.point:.2f} [{iqm.low:.2f}, {iqm.high:.2f}]")
+        print(f"| {data} | {algorithm} | {n_step} | {batch_size} | {' | '.join(cells)} |")
+
+
+def seeds_of(args: Args) -> range:
+    return range(1, args.seeds + 1)
+
+
+def main(args: Args) -> None:
+    if not args.table_only:
+        grid = product(seeds_of(args), args.data, args.n_steps, args.batch_sizes, args.algorithms, args.games)
+        wanted = [
+            dict(zip(KEYS, (game, data, algorithm, n_step, batch, seed, args.total_timesteps), strict=True))
+            for seed, data, n_step, batch, algorithm, game in grid
+        ]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda game: record(args, game), args.games))
+            list(pool.map(lambda one: train(args, one), wanted))
+    table(args)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
