@@ -222,7 +222,9 @@ def dataset_file(path: Path, whole: bool = True):
             yield file
             while whole and file.read(2**20):  # the checksum comes last
                 pass
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, SyntaxError, MemoryError) as error:
+    except DatasetError:
+        raise
+    except Exception as error:  # there are a dozen ways to be damaged
         reason = getattr(error, "strerror", None) or "it is truncated, damaged or no gzipped NumPy array"
         raise DatasetError(f"{path} cannot be read: {reason}.") from None
 
