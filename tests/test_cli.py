@@ -171,7 +171,7 @@ def test_the_flags_in_the_readme_exist():
             name.replace("_", "-") for name in re.findall(r"^    (\w+): .+ = .+  # ", path.read_text(), re.MULTILINE)
         }
     text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)", text))
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", text))
     assert named > {"batch-size", "env-id", "n-step"}
     other = {"help", "logdir", "requirement"}  # of tyro, tensorboard and pip
     assert {flag.removeprefix("no-") for flag in named} - known - other == set()
