@@ -11,7 +11,7 @@ pong: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 # copy every shared function and class of one agent to the other agents that have it: make sync FROM=agents/qrdqn.py
 FROM ?= agents/dqn.py
