@@ -34,6 +34,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,7 @@ AGENT = "cql_offline"
 PACKAGES = ["torch", "gymnasium", "ale-py", "MinAtar", "stable_baselines3", "numpy"]  # that can change results
 LIMITS = {"cql_alpha": (0, 1e6), "dr3_coefficient": (0, 1e6), "v_min": (-1e6, 0), "v_max": (1e-3, 1e6)}  # min, max
 LIMITS |= {"n_atoms": (2, 1000), "data_fraction": (1e-9, 1)}
+PARSER = threading.Lock()  # Python 3.11's parser, with which NumPy reads headers, fails in threads (gh-106905)
 DEFAULTS = {  # of flags, where they are the algorithm's
     "dqn": {"cql_alpha": 0.0, "dr3_coefficient": 0.0},
     "cql-dr3": {"learning_rate": 5e-5, "adam_eps": 3.125e-4, "cql_alpha": 0.1, "dr3_coefficient": 0.1},
@@ -232,10 +234,17 @@ def dataset_file(path: Path, whole: bool = True):
 def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
     """Read the head of an array file: shape and type."""
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, in_columns, dtype = read[np.lib.format.read_magic(file)](file)
+    with PARSER:
+        shape, in_columns, dtype = read[np.lib.format.read_magic(file)](file)
     if in_columns and len(shape) > 1:
         raise ValueError
     return shape, dtype
+
+
+def read_array(file) -> np.ndarray:
+    """Read an array file of numbers."""
+    shape, dtype = read_header(file)
+    return np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
 
 
 def episode_ages(blank: np.ndarray, dones: np.ndarray) -> np.ndarray:
@@ -297,7 +306,7 @@ class DatasetReplay(BaseBuffer):
     def read(self, name: str, dtype: str, total: int) -> np.ndarray:
         """Read an array of one number a row, (total,)."""
         with dataset_file(self.paths[name]) as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
+            array = read_array(file)
         if array.dtype != dtype or array.shape != (total,):
             found = f"{array.dtype} of shape {array.shape}"
             raise DatasetError(f"{self.paths[name]} is {found}, not {dtype} of shape {(total,)}.")
@@ -385,7 +394,7 @@ def checkpoint_rows(folder: Path, number: int) -> tuple[int, int]:
     with dataset_file(files["action"], whole=False) as file:
         shape, _ = read_header(file)
     with dataset_file(files["add_count"]) as file:
-        add_count = np.lib.format.read_array(file, allow_pickle=False)
+        add_count = read_array(file)
     if add_count.shape or add_count.dtype.kind not in "iu" or add_count < 0 or not (len(shape) == 1 and shape[0] > 0):
         raise DatasetError(f"{files['add_count']} is no number of rows, or {files['action'].name} has none.")
     return int(add_count) % shape[0], shape[0]

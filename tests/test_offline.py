@@ -1,6 +1,7 @@
 """Recording, reading what was recorded, and learning from it."""
 
 import copy
+import gc
 import gzip
 import io
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -478,6 +480,29 @@ def test_wrong_files(offline, dataset, capsys, name, change, words):
     error = refused(offline, capsys, num_checkpoints=count_of(dataset))
     assert words in error and "_ckpt.0.gz" in error
     assert not (dataset.parent / "runs").exists()
+
+
+def test_headers_are_read_in_threads(offline):
+    """As checkpoints are. Python's parser, interrupted at awkward moments by the garbage collector, mixes them up."""
+    header = io.BytesIO()
+    np.save(header, np.zeros(3, np.uint8))
+
+    def read(depth):
+        if depth:
+            return read(depth - 1)
+        return offline.read_array(io.BytesIO(header.getvalue())).shape
+
+    callback, interval, threshold = (lambda *_: sum(range(200))), sys.getswitchinterval(), gc.get_threshold()
+    try:
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(10)
+        gc.callbacks.append(callback)
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(read, [0, 1, 2, 3, 4, 5, 6] * 400)) == {(3,)}
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
 
 
 def test_rewards_that_are_not_clipped(offline, dataset, capsys):

@@ -18,7 +18,7 @@ LONGEST = {  # beside all that dqn.py has, recording included:
     "der": 690,  # noisy layers, C51, LifeStack
     "drq_eps": 655,  # augmentation, LifeStack
     "spr": 775,  # der.py, augmentation, transition model, sequences
-    "cql_offline": 725,  # instead of a replay of its own steps and of Recorder: reading a dataset; three losses
+    "cql_offline": 735,  # instead of a replay of its own steps and of Recorder: reading a dataset; three losses
 }
 LESSONS = [("rainbow", "der", 140), ("der", "drq_eps", 145), ("der", "spr", 170)]
 GROUPS = ["RunArgs", "EnvironmentArgs", "TrainingArgs", "AlgorithmArgs"]
