@@ -64,6 +64,23 @@ class Args:
     table_only: bool = False  # start nothing, print what is there
 
 
+def scalars(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What a run logged: {tag: (steps, values)}, both (points,)."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    return {t: (np.array([e.step for e in es]), np.array([e.value for e in es])) for t, es in tags.items()}
+
+
+def add_row(path: Path, header: list[str], row: list) -> None:
+    """Add a row to a CSV file, which is made if need be."""
+    with LOCK:
+        path.parent.mkdir(exist_ok=True)
+        new = not path.exists()
+        with open(path, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([*([header] if new else []), row])
+
+
 def find(args: Args, wanted: dict) -> tuple[float, str] | None:
     """Mean return over the last 100 training games, and git commit, of the finished run with these flags."""
     for folder in sorted(args.runs.glob("*")):
@@ -72,11 +89,9 @@ def find(args: Args, wanted: dict) -> tuple[float, str] | None:
         except (OSError, ValueError):
             continue
         if all({**record["args"], "agent": record["agent"]}.get(k) == v for k, v in wanted.items()):
-            events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-            events.Reload()
-            if "eval/episodic_return" in events.Tags()["scalars"]:
-                returns = [event.value for event in events.Scalars("charts/episodic_return")]
-                return float(np.mean(returns[-100:])), record["git_commit"] or ""
+            logged = scalars(folder)
+            if "eval/episodic_return" in logged:
+                return logged["charts/episodic_return"][1][-100:].mean(), record["git_commit"] or ""
     return None
 
 
@@ -106,13 +121,7 @@ def run(args: Args, wanted: dict) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=args.runs.parent, env=environment, check=True, stdout=subprocess.DEVNULL)
     if found := find(args, wanted):
-        with LOCK:
-            RESULTS.parent.mkdir(exist_ok=True)
-            new = not RESULTS.exists()
-            with open(RESULTS, "a", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerows([[*KEYS, "mean_return", "git_commit"]] if new else [])
-                writer.writerow([*key_of(wanted), f"{found[0]:.4f}", found[1]])
+        add_row(RESULTS, [*KEYS, "mean_return", "git_commit"], [*key_of(wanted), f"{found[0]:.4f}", found[1]])
 
 
 def random_play(env_id: str, games: int = 1_000) -> np.ndarray:

@@ -20,12 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import tyro
-from learning import FLAGS, ROOT, random_play
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from learning import FLAGS, ROOT, add_row, random_play, scalars
 
 sys.path.insert(0, str(ROOT))
 from analysis.statistics import estimate
@@ -40,7 +38,6 @@ SETTINGS = {
     **{"v_min": -100.0, "v_max": 100.0, "eval_steps": 10_000},
 }
 NAMES = ("observation", "action", "reward", "terminal")
-LOCK = Lock()
 
 
 @dataclass
@@ -68,14 +65,6 @@ def start(args: Args, agent: str, flags: dict) -> Path:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=args.runs.parent, env=environment, check=True, capture_output=True, text=True)
     return args.runs.parent / done.stdout.splitlines()[-1].removeprefix("run folder: ")
-
-
-def scalars(folder: Path, tag: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a tag of a run, both (points,)."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    found = events.Scalars(tag)
-    return np.array([event.step for event in found]), np.array([event.value for event in found])
 
 
 def dataset_of(args: Args, game: str, data: str) -> Path:
@@ -110,20 +99,11 @@ def record(args: Args, game: str) -> None:
     for name, array in {**kept, **facts}.items():
         with gzip.open(aside / f"{name}_ckpt.0.gz", "wb") as file:
             np.save(file, array)
-    steps, returns = scalars(run, "charts/episodic_return")
+    steps, returns = scalars(run)["charts/episodic_return"]
     late = returns[steps > 0.9 * args.recorded_steps]
     values = [random_play(game).mean(), returns.mean(), late.mean(), returns[-100:].mean()]
     aside.rename(tenth)
     add_row(RECORDINGS, ["game", *LEVELS], [game, *[f"{value:.4f}" for value in values]])
-
-
-def add_row(path: Path, header: list[str], row: list) -> None:
-    """Add a row to a CSV file, which is made if need be."""
-    with LOCK:
-        path.parent.mkdir(exist_ok=True)
-        new = not path.exists()
-        with open(path, "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([*([header] if new else []), row])
 
 
 def levels_of(args: Args) -> dict[str, dict[str, float]]:
@@ -152,7 +132,7 @@ def train(args: Args, wanted: dict) -> None:
     checkpoints = min(5, len(list(folder.glob("add_count*"))))
     flags |= {"num_checkpoints": checkpoints, "iteration_steps": args.total_timesteps // 4}
     run = start(args, "cql_offline", flags)
-    score = scalars(run, "eval/episodic_return")[1][-1]
+    score = scalars(run)["eval/episodic_return"][1][-1]
     commit = json.loads((run / "args.json").read_text())["git_commit"] or ""
     add_row(RESULTS, [*KEYS, "score", "git_commit"], [*key, f"{score:.4f}", commit])
 

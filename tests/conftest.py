@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 AGENTS = sorted((ROOT / "agents").glob("*.py"))
@@ -79,6 +81,18 @@ def make_network(module, obs_shape=(4, 84, 84), num_actions=6, **flags):
         "spr": "SPRNetwork",
     }
     return getattr(module, names[module.AGENT])(obs_shape, num_actions, make_args(module, **flags))
+
+
+def scalars(folder):
+    """{tag: [(step, value), ...]} of a run."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def weights(folder):
+    """The weights of a run's model.pt by name."""
+    return torch.load(folder / "model.pt", weights_only=True)["weights"]
 
 
 def make_args(module, **changes):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_args, make_network
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import make_args, make_network, scalars
 from test_replay import Script
 
 BREAKOUT = {"env_id": "ALE/Breakout-v5", "network": "nature", "diagnostics_frequency": 0}
@@ -92,9 +91,7 @@ def test_a_lost_life_is_a_terminal_and_not_a_reset(efficient, monkeypatch):
             assert acted[i][0, 3 - back].any() == (back <= since)
         if i in terminals and i not in overs:  # the game goes on: the next frame is the emulator's, not a first one
             np.testing.assert_array_equal(acted[i + 1][0, 3], stored[i][2][0, 3])
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    logged = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
+    logged = scalars(folder)["charts/episodic_return"]
     first = sum(reward for reward, _, _ in rewarded[: overs[0] + 1])
     second = sum(reward for reward, _, _ in rewarded[overs[0] + 1 : overs[1] + 1])
     assert logged[:2] == [(overs[0] + 1, first), (overs[1] + 1, second)]
@@ -157,9 +154,7 @@ def test_training_on_cuda_with_frames(efficient):
     """The lives, the bytes and the augmentation of ALE's frames; tests/test_training.py has MinAtar."""
     flags = {**BREAKOUT, "cuda": True, "total_timesteps": 1_000, "eval_episodes": 1}
     folder = efficient.train(make_args(efficient, **flags))
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    assert np.isfinite([event.value for event in events.Scalars("losses/td_loss")]).all()
+    assert np.isfinite([value for _, value in scalars(folder)["losses/td_loss"]]).all()
 
 
 def test_double_q_picks_with_the_online_network(der, drq_eps, spr):

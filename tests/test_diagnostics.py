@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, make_network
-from test_training import run, scalars, weights
+from conftest import make_args, make_network, scalars, weights
+from test_training import run
 
 TAGS = [f"diagnostics/{name}" for name in ("loss_variance", "gradient_norm", "representation_norm", "srank")]
 TAGS += ["diagnostics/dormant_neurons"]

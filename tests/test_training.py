@@ -12,24 +12,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ONLINE, make_args, make_network
+from conftest import ONLINE, make_args, make_network, scalars, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def scalars(folder):
-    """{tag: [(step, value), ...]} of a run."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def weights(folder):
-    return torch.load(folder / "model.pt", weights_only=True)["weights"]
 
 
 def run(agent, monkeypatch, **flags):
