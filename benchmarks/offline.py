@@ -49,7 +49,7 @@ class Args:
     batch_sizes: tuple[int, ...] = (8, 32)  # transitions per update
     seeds: int = 3  # runs of each setting
     recorded_steps: int = 500_000  # agent steps of the recording
-    total_timesteps: int = 200_000  # agent steps of training, an update every 4
+    total_timesteps: int = 100_000  # agent steps of training, an update every 4
     jobs: int = 1  # runs at a time, each on one core
     runs: Path = ROOT / "runs"  # folder of the run folders; the recordings are in datasets/ beside it
     table_only: bool = False  # start nothing, print what is there
@@ -130,7 +130,7 @@ def train(args: Args, wanted: dict) -> None:
     chosen = {name: wanted[name] for name in KEYS if name not in ("game", "data")}
     flags = SETTINGS | chosen | {"env_id": game, "dataset_dir": folder}
     checkpoints = min(5, len(list(folder.glob("add_count*"))))
-    flags |= {"num_checkpoints": checkpoints, "iteration_steps": args.total_timesteps // 4}
+    flags |= {"num_checkpoints": checkpoints, "iteration_steps": args.total_timesteps // 2}
     run = start(args, "cql_offline", flags)
     score = scalars(run)["eval/episodic_return"][1][-1]
     commit = json.loads((run / "args.json").read_text())["git_commit"] or ""
