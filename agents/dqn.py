@@ -16,8 +16,12 @@ A minute on a CPU (the whole MinAtar run has 500000 steps):
     --buffer-size 100000
 """
 
+import argparse
+import contextlib
 import copy
 import difflib
+import errno
+import fcntl
 import gzip
 import importlib.metadata
 import importlib.util
@@ -25,9 +29,11 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -45,8 +51,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 AGENT = "dqn"
+VERSION = 1  # of the checkpoints' format
 PACKAGES = ["torch", "gymnasium", "ale-py", "MinAtar", "stable_baselines3", "numpy"]  # that can change results
 LIMITS = {"target_noise_std": (0, 1e6), "v_min": (-1e6, 0), "v_max": (1e-3, 1e6), "n_atoms": (2, 1000)}  # min, max
+COUNTERS = ["pos", "full", "episode_steps", "max_priority", "number", "start", "rows"]  # of replay and recorder
+STOP: list[int] = []  # signals that have asked the run to end
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -58,6 +67,8 @@ class RunArgs:
     track: bool = False  # mirror the logs to Weights & Biases (pip install wandb; WANDB_PROJECT names the project)
     diagnostics_frequency: int = 10_000  # agent steps between reports on the network, under diagnostics/ (0: none)
     record_dataset: str | None = None  # new folder for the run's steps, as the DQN Replay Dataset has them
+    checkpoint_frequency: int = 250_000  # agent steps between checkpoints, for --resume to go on from (0: none at all)
+    resume: str | None = None  # run folder to go on with, or auto: the newest unfinished run of these flags, if any
     save_model: bool = False  # keep the weights as model.pt in the run folder, before each evaluation
     eval_episodes: int = 10  # full games in each evaluation (0: no evaluation)
     eval_frequency: int = 0  # agent steps between evaluations during training (0: evaluate only after it)
@@ -105,27 +116,40 @@ class Args(AlgorithmArgs, TrainingArgs, EnvironmentArgs, RunArgs):
 
 
 def parse_args() -> Args:
-    """Read the command line, with a box in --help for each group of flags."""
+    """Read the command line, with a box in --help for each group of flags. --resume FOLDER brings that run's flags."""
     groups = {"run": RunArgs, "environment": EnvironmentArgs, "training": TrainingArgs, "algorithm": AlgorithmArgs}
-    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[make_dataclass("Groups", groups.items())], description=__doc__)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--resume", nargs="?")
+    resume = first.parse_known_args()[0].resume
+    known = read_flags(Path(resume)) if resume and resume != "auto" else {}
+    defaults = {}
+    for name, group in groups.items():
+        defaults[name] = group(**{field.name: known[field.name] for field in fields(group) if field.name in known})
+    kind = make_dataclass("Groups", groups.items())
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[kind], description=__doc__, default=kind(**defaults))
     return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
 def fail(message: str) -> NoReturn:
     """Answer wrong input: one sentence on stderr, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.splitlines(), file=sys.stderr)
     raise SystemExit(2)
 
 
 def check_args(args: Args) -> None:
     """Refuse what cannot work before anything is allocated or written. LIMITS has the flags of special range."""
     may_be_zero = ["seed", "eval_episodes", "eval_frequency", "diagnostics_frequency", "noop_max", "exploration_steps"]
+    may_be_zero += ["checkpoint_frequency"]
     for name, value in asdict(args).items():
         low, high = LIMITS.get(name, (0, 1) if type(value) is float else (int(name not in may_be_zero), 2**31 - 1))
         if type(value) in (int, float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} is {value}, and must be from {low} to {high}.")
     if args.n_step > (most := min(args.learning_starts, args.max_episode_steps, args.buffer_size // 2 - 6)):
         fail(f"--n-step {args.n_step}: --learning-starts, --max-episode-steps and --buffer-size allow {most} at most.")
+    if Path(args.exp_name).name != args.exp_name:
+        fail(f"--exp-name {args.exp_name} cannot be part of a folder's name.")
+    if args.resume and (args.eval_only or not args.checkpoint_frequency):
+        fail("--resume goes without --eval-only, and needs a --checkpoint-frequency.")
     if args.eval_only != (args.checkpoint is not None) or args.eval_episodes < (args.eval_only or args.capture_video):
         fail("--eval-only goes with --checkpoint FILE, and like --capture-video with at least 1 of --eval-episodes.")
     needed = {"wandb": args.track, "imageio_ffmpeg": args.capture_video, "minatar": "MinAtar/" in args.env_id}
@@ -278,12 +302,12 @@ class Recorder:
     is shorter; from add_count (modulo their number) on they are no data.
     """
 
-    def __init__(self, folder: str, replay: FrameReplay, args: Args):
+    def __init__(self, folder: str, replay: FrameReplay, args: Args, resuming: bool):
         self.folder, self.replay, self.number, self.start, self.rows = Path(folder), replay, 0, 0, 0
         self.size = min(args.buffer_size, 4 * args.total_timesteps + 4)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if any(self.folder.iterdir()):
+            if any(self.folder.iterdir()) and not resuming:
                 fail(f"--record-dataset {folder} is not empty: name a new folder.")
         except OSError as error:
             fail(f"--record-dataset {folder} could not be made: {error.strerror}.")
@@ -416,13 +440,15 @@ def diagnose(q_network: nn.Module, obs: torch.Tensor, updates: list, rng: np.ran
     }
 
 
-def evaluate(envs, q_network: nn.Module, args: Args, device, step: int, video: Path) -> np.ndarray:
-    """Play games of their own, given the step of the run; return their raw returns (eval_episodes,); film the first."""
+def evaluate(envs, q_network: nn.Module, args: Args, device, step: int, video: Path) -> np.ndarray | None:
+    """Play games of their own, given the step of the run; return their raw returns (games,), or None if stopped."""
     rng, player = np.random.default_rng([args.seed, 1 + step]), copy.deepcopy(q_network).eval()
     returns, first_game = np.zeros(args.eval_episodes), []
     for episode in range(args.eval_episodes):
         obs, done = reset(envs, args.seed, 1 + step, episode), False
         while not done:
+            if STOP:
+                return None
             actions = act(player, obs, args.eval_epsilon, envs.single_action_space.n, rng, device)
             obs, rewards, terminations, truncations, _ = envs.step(actions)
             returns[episode], done = returns[episode] + rewards[0], terminations[0] or truncations[0]
@@ -439,26 +465,35 @@ def film(path: Path, args: Args, stream: int, game: list[np.ndarray]) -> None:
     obs, size = reset(envs, args.seed, stream, 0), (320, 420) if "ALE/" in args.env_id else (160, 160)
     path.parent.mkdir(exist_ok=True)
     mp4 = importlib.import_module("imageio_ffmpeg").write_frames(str(path), size, fps=15, macro_block_size=2)
-    mp4.send(None)
-    for actions in game:
-        image = obs[0, 0] if "ALE/" in args.env_id else (envs.render()[0] * 255).astype(np.uint8)
-        mp4.send(image.repeat(size[0] // image.shape[1], axis=0).repeat(size[0] // image.shape[1], axis=1))
-        obs = envs.step(actions)[0]
-    mp4.close()
-    tqdm.write(f"video: {path}")
+    try:
+        mp4.send(None)
+        for actions in game:
+            image = obs[0, 0] if "ALE/" in args.env_id else (envs.render()[0] * 255).astype(np.uint8)
+            mp4.send(image.repeat(size[0] // image.shape[1], axis=0).repeat(size[0] // image.shape[1], axis=1))
+            obs = envs.step(actions)[0]
+        mp4.close()
+        tqdm.write(f"video: {path}")
+    except OSError as error:  # a run is worth more than its video
+        tqdm.write(f"warning: no video {path}: {error.strerror or error}")
 
 
-def save_checkpoint(path: Path, q_network: nn.Module, args: Args, global_step: int) -> None:
-    """Write weights and flags aside, sync, then rename: a file under this name is always whole."""
+def save_model(path: Path, q_network: nn.Module, args: Args, global_step: int) -> None:
+    """Write weights and flags aside, sync, then rename: a file under this name is always whole. Warn on a full disk."""
     state = {"agent": AGENT, "args": asdict(args), "global_step": global_step, "weights": q_network.state_dict()}
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch's own word for a full disk is the second
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        tqdm.write(f"warning: the weights of step {global_step:,} are not saved: {getattr(error, 'strerror', error)}")
 
 
-def load_checkpoint(args: Args) -> tuple[Args, int, dict]:
+def load_model(args: Args) -> tuple[Args, int, dict]:
     """Return the flags in --checkpoint (those of the run group stay `args`'), its step and its weights."""
     try:
         state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
@@ -472,7 +507,180 @@ def load_checkpoint(args: Args) -> tuple[Args, int, dict]:
         fail(f"{args.checkpoint} is damaged, or no checkpoint of these agents.")
 
 
+def pack(networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, objects: dict) -> dict[str, np.ndarray]:
+    """Return {owner/name: array} of weights, moments, and the arrays and COUNTERS of `objects`: replay and recorder."""
+    states = {owner: network.state_dict() for owner, network in networks.items()}
+    states |= {f"optimizer/{number}": moments for number, moments in optimizer.state_dict()["state"].items()}
+    arrays = {f"{owner}/{name}": x.cpu().numpy() for owner, state in states.items() for name, x in state.items()}
+    for owner, item in objects.items():
+        kept = {name: x for name, x in vars(item).items() if isinstance(x, np.ndarray) or name in COUNTERS}
+        arrays |= {f"{owner}/{name}": np.asarray(x) for name, x in kept.items()}  # no copies
+    return arrays
+
+
+def unpack(arrays: dict, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, objects: dict) -> None:
+    """Put all back to where `pack` had it from. Raises ValueError if a name, shape or type is another."""
+    expected = pack(networks, optimizer, objects)
+    if any(name.startswith("optimizer/") for name in arrays):  # Adam has no moments before its first update
+        for number, weights in enumerate(optimizer.param_groups[0]["params"]):
+            shapes = {"step": (), "exp_avg": weights.shape, "exp_avg_sq": weights.shape}
+            expected |= {f"optimizer/{number}/{name}": np.empty(shape, np.float32) for name, shape in shapes.items()}
+    if {n: (x.shape, x.dtype) for n, x in arrays.items()} != {n: (x.shape, x.dtype) for n, x in expected.items()}:
+        raise ValueError
+    states: dict[str, dict] = {}
+    for name, array in arrays.items():
+        owner, _, name = name.rpartition("/")
+        states.setdefault(owner, {})[name] = array
+    for owner, network in networks.items():
+        network.load_state_dict({name: torch.from_numpy(array) for name, array in states[owner].items()})
+    moments = {owner: states[owner] for owner in states if owner.startswith("optimizer/")}
+    moments = {int(o[10:]): {name: torch.from_numpy(x) for name, x in state.items()} for o, state in moments.items()}
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for owner, item in objects.items():
+        for name, array in states[owner].items():
+            setattr(item, name, array if array.shape else array.item())
+
+
+def save_checkpoint(path: Path, arrays: dict[str, np.ndarray], facts: dict) -> bool:
+    """Write a checkpoint aside, sync it, read it back, and only then put it in the place of the one before.
+
+    It is a .npz file: arrays, each written piece by piece, without a copy, and with a checksum; one is `facts` as JSON.
+    Return whether that went well: where the disk is full the one before stands, and the run goes on.
+    """
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        with zipfile.ZipFile(aside) as written:
+            if damaged := written.testzip():
+                raise OSError(f"{damaged} reads back differently")
+        os.replace(aside, path)
+        return True
+    except (OSError, zipfile.BadZipFile) as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        reason = getattr(error, "strerror", None) or error
+        tqdm.write(f"warning: no checkpoint of step {facts['global_step']:,} ({reason}): the one before stands")
+        return False
+
+
+def load_checkpoint(path: Path, args: Args, whole: bool = True) -> tuple[dict[str, np.ndarray], dict]:
+    """Return the arrays (none if not `whole`) and the facts of a checkpoint; refuse one that is damaged or foreign."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            facts = json.loads(file["facts"].tobytes())
+            if facts["version"] > VERSION:
+                fail(f"{path} has a newer format, {facts['version']}: go on with the {AGENT}.py that made it.")
+            if facts["agent"] != AGENT:
+                fail(f"{path} is a checkpoint of {facts['agent']}, not of {AGENT}.")
+            kinds = {"version": int, "args": dict, "global_step": int, "pending": bool, "logged": dict}
+            if any(type(facts[name]) is not kind for name, kind in kinds.items()):
+                raise TypeError
+            if other := differences(facts["args"], asdict(args)):
+                fail(f"{path.parent} was run with {', '.join(other)}: give the same flags, or none but --resume.")
+            if not 0 <= facts["global_step"] <= args.total_timesteps:
+                raise ValueError
+            return {name: file[name] for name in file.files if whole and name != "facts"}, facts
+    except FileNotFoundError:
+        fail(f"{path.parent} has no {path.name} to go on from.")
+    except MemoryError:
+        fail(f"{path} does not fit in memory: nothing was changed.")
+    except Exception as error:  # there are a dozen ways to be damaged or foreign
+        if isinstance(error, OSError) and error.strerror:
+            fail(f"{path} cannot be read: {error.strerror}.")
+        fail(f"{path} is damaged, or no checkpoint of these agents: nothing was changed.")
+
+
+def log(writer: SummaryWriter, scalars: dict[str, float], step: int, flush: bool = False) -> None:
+    """Log `scalars`. Where the disk is full say so; the log goes on in a new file, a minute later or after that."""
+    try:
+        if time.monotonic() >= getattr(writer, "retry", 0):
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, step)
+        if flush:
+            writer.flush()
+    except OSError as error:
+        tqdm.write(f"warning: the log has a gap of a minute from step {step:,} on: {error.strerror}")
+        writer.file_writer = writer.all_writers = None  # add_scalar makes new ones
+        writer.retry = time.monotonic() + 60
+
+
+def diverged(folder: Path, step: int) -> NoReturn:
+    """Stop a run whose loss is no number any more, and say what there is to go back to."""
+    kept = "there is no checkpoint"
+    with contextlib.suppress(Exception), np.load(folder / "checkpoint.npz", allow_pickle=False) as file:
+        kept = f"the last checkpoint is of step {json.loads(file['facts'].tobytes())['global_step']:,}"
+    fail(f"the loss is not finite at step {step:,}, and the run in {folder} is stopped; {kept}.")
+
+
+def differences(recorded: dict, given: dict) -> list[str]:
+    """The flags by which two runs differ, with the recorded values; with what a run is resumed is none of them.
+
+    A flag that there was not yet when the run began had its default.
+    """
+    recorded, words = {field.name: field.default for field in fields(Args)} | recorded, []
+    for name in [name for name in recorded if name not in ("resume", "cuda") and recorded[name] != given.get(name)]:
+        flag, value = name.replace("_", "-"), recorded[name]
+        plain = {True: f"--{flag}", False: f"--no-{flag}", None: f"no --{flag}"}
+        words.append(plain[value] if value is None or type(value) is bool else f"--{flag} {value}")
+    return words
+
+
 # ------------------------------------------------------------------------------------------------------------- training
+def read_flags(folder: Path) -> dict:
+    """Return the flags in a run folder's args.json."""
+    try:
+        flags = json.loads((folder / "args.json").read_text())["args"]
+        kinds = {field.name: (type(field.default), field.default is None) for field in fields(Args)}
+        kinds = {name: (str, type(None)) if optional else kind for name, (kind, optional) in kinds.items()}
+        if type(flags) is not dict or not all(isinstance(flags[x], kind) for x, kind in kinds.items() if x in flags):
+            raise ValueError
+        return flags
+    except OSError as error:
+        fail(f"{folder / 'args.json'} cannot be read: {error.strerror}.")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        fail(f"{folder / 'args.json'} is damaged, or of no run of these agents.")
+
+
+def find_run(args: Args) -> Path | None:
+    """Return the folder of the run to go on with: --resume's; for auto the newest unfinished run of the same flags."""
+    if args.resume != "auto":
+        return Path(args.resume) if args.resume else None
+    start = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__"
+    for path in sorted(Path("runs").glob("*/checkpoint.npz"), reverse=True):
+        if path.parent.name.startswith(start) and not differences(read_flags(path.parent), asdict(args)):
+            _, facts = load_checkpoint(path, args, whole=False)
+            if facts["global_step"] < args.total_timesteps or facts["pending"]:
+                return path.parent
+    return None
+
+
+def lock_run(folder: Path):
+    """Keep other processes from a run folder as long as the file that is returned is open."""
+    try:
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        file = (folder / "lock").open("ab")
+    except OSError as error:
+        fail(f"the run folder {folder} cannot be written to: {error.strerror}.")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is at work on the run in {folder}.")
+    except OSError as error:  # some network disks have no locks
+        tqdm.write(f"warning: {folder} is not locked against other processes: {error.strerror}")
+    (folder / "checkpoint.tmp").unlink(missing_ok=True)  # of a process that was killed while it wrote
+    return file
+
+
+def track(folder: Path, args: Args) -> None:
+    """Mirror the log to Weights & Biases from here on: before the writer of the log is made."""
+    kept = {"name": folder.name, "id": folder.name, "resume": "allow", "dir": str(folder), "config": asdict(args)}
+    importlib.import_module("wandb").init(**kept, sync_tensorboard=True)
+
+
 def make_run_folder(args: Args, device) -> tuple[Path, SummaryWriter]:
     """Make a new run folder that holds args.json and a TensorBoard log with the same facts."""
     name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -488,7 +696,7 @@ def make_run_folder(args: Args, device) -> tuple[Path, SummaryWriter]:
     except OSError as error:
         fail(f"the run folder {folder} could not be made: {error.strerror}.")
     if args.track:
-        importlib.import_module("wandb").init(name=name, dir=str(folder), config=asdict(args), sync_tensorboard=True)
+        track(folder, args)
     writer = SummaryWriter(str(folder))
     for title, table in {"hyperparameters": record.pop("args"), "environment": record}.items():
         writer.add_text(title, "|name|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in table.items()))
@@ -502,7 +710,7 @@ def train(args: Args) -> Path | np.ndarray:
     """Train, evaluate and return the run folder; with --eval-only just play, and return the returns."""
     check_args(args)
     if args.eval_only:
-        args, global_step, weights = load_checkpoint(args)
+        args, global_step, weights = load_model(args)
         check_args(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_env(args)
@@ -515,15 +723,82 @@ def train(args: Args) -> Path | np.ndarray:
 
     target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    rng, replay_rng, probe_rng = [np.random.default_rng([args.seed, 0, stream]) for stream in range(3)]
+    rngs = rng, replay_rng, probe_rng = [np.random.default_rng([args.seed, 0, stream]) for stream in range(3)]
     replay = FrameReplay(obs_space, num_actions, args, device, replay_rng)
-    recorder = Recorder(args.record_dataset, replay, args) if args.record_dataset else None
-    folder, writer = make_run_folder(args, device)
-    print(f"run folder: {folder} ({device})", flush=True)
-    bar = tqdm(total=args.total_timesteps, unit=" steps", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    folder = find_run(args)
+    recorder = Recorder(args.record_dataset, replay, args, folder is not None) if args.record_dataset else None
+    networks, objects = {"q_network": q_network, "target_network": target_network}, {"replay": replay}
+    objects |= {"recorder": recorder} if recorder else {}
+    if folder:
+        lock = lock_run(folder)
+        arrays, facts = load_checkpoint(folder / "checkpoint.npz", args)
+        if facts["global_step"] == args.total_timesteps and not facts["pending"]:
+            print(f"the run in {folder} is finished")
+            return folder
+    else:
+        facts, (folder, writer) = None, make_run_folder(args, device)
+        lock = lock_run(folder)
+    print(f"run folder: {folder} ({device})" + (f", from step {facts['global_step']:,}" if facts else ""), flush=True)
     obs, episode, episodic_return, episodic_length, last_return = reset(envs, args.seed, 0, 0), 0, 0.0, 0, math.nan
-    loss, updates, scalars, start = None, [], {}, time.monotonic()
-    for global_step in range(1, args.total_timesteps + 1):
+    measured, updates, game, scalars, start = {}, [], [], {}, time.monotonic()
+    global_step, pending, logged, saved = 0, False, {}, None  # pending: an evaluation of this step is still to be made
+    if facts:
+        try:
+            unpack(arrays, networks, optimizer, objects)
+            global_step, pending, game = facts["global_step"], facts["pending"], facts["game"]
+            counted = [kind(x) for kind, x in zip((int, float, int, float), facts["episode"], strict=True)]
+            episode, episodic_return, episodic_length, last_return = counted
+            measured = {tag: torch.tensor(value) for tag, value in facts["measured"].items()}
+            logged = {tag: float(value) for tag, value in facts["logged"].items()}
+            updates = [torch.tensor(pair, device=device).unbind() for pair in facts["updates"]]
+            for generator, state in zip(rngs, facts["rngs"], strict=True):
+                generator.bit_generator.state = state
+            start, obs = start - facts["seconds"], reset(envs, args.seed, 0, episode)
+            actions_exist = type(game) is list and all(type(x) is int and 0 <= x < num_actions for x in game)
+            if not (actions_exist and 0 <= replay.pos < replay.buffer_size):
+                raise ValueError
+            for action in game:  # the emulator is deterministic: the same actions lead to where the run stood
+                obs = envs.step(np.array([action]))[0]
+        except Exception:  # it was whole, so that somebody has changed it
+            fail(f"{folder / 'checkpoint.npz'} is damaged, or of no run of these flags: nothing was changed.")
+        if args.track:
+            track(folder, args)
+        writer = SummaryWriter(str(folder), purge_step=global_step + (not pending))  # what was logged is superseded
+        log(writer, logged, global_step)
+    meter = {"unit": " steps", "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
+    bar = tqdm(total=args.total_timesteps, initial=global_step, **meter)
+    good = torch.tensor(max(global_step, args.learning_starts), device=device)  # every loss was finite up to here
+
+    def evaluate_now() -> bool:
+        """Evaluate, and log it; return whether a signal has interrupted it."""
+        video = folder / f"videos/step-{global_step}.mp4"
+        returns = evaluate(make_env(args), q_network, args, device, global_step, video)
+        if returns is not None:
+            log(writer, {"eval/episodic_return": returns.mean()}, global_step)
+        return returns is None
+
+    def first_bad() -> int:
+        """The step of the first update whose loss was not finite, if there was one."""
+        return (good.item() // args.train_frequency + 1) * args.train_frequency
+
+    def checkpoint_now() -> tuple[int, bool] | None:
+        """Write down all that the run is, so that it can go on as if nothing had happened; return of when it is."""
+        if not all(values.isfinite().all() for values in (*measured.values(), *q_network.parameters())):
+            diverged(folder, first_bad())
+        facts = {"version": VERSION, "agent": AGENT, "args": asdict(args), "seconds": time.monotonic() - start}
+        facts |= {"global_step": global_step, "pending": pending, "game": game}
+        facts |= {"episode": [episode, episodic_return, episodic_length, last_return]}
+        facts |= {"measured": {tag: values.mean().item() for tag, values in measured.items()}}
+        facts |= {"logged": logged if pending else {}}
+        facts |= {"updates": [[x.item() for x in pair] for pair in updates]}
+        facts |= {"rngs": [generator.bit_generator.state for generator in rngs]}
+        log(writer, {}, global_step, flush=True)
+        written = save_checkpoint(folder / "checkpoint.npz", pack(networks, optimizer, objects), facts)
+        return (global_step, pending) if written else None
+
+    pending = pending and evaluate_now()
+    while global_step < args.total_timesteps and not STOP:
+        global_step += 1
         last = global_step == args.total_timesteps
         # ------------------------------------------------------------------------------------------------------ act
         decay = (global_step - args.learning_starts) / max(args.exploration_steps, 1)
@@ -537,10 +812,11 @@ def train(args: Args) -> Path | np.ndarray:
             recorder.count()
         replay.add(obs, next_obs, actions, np.clip(rewards, -1, 1), terminations, truncations)
         obs = next_obs
+        game.append(int(actions[0]))
         if terminations[0] or truncations[0]:
             scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
             last_return, episode, episodic_return, episodic_length = episodic_return, episode + 1, 0.0, 0
-            obs = reset(envs, args.seed, 0, episode)  # in place of an autoreset step
+            obs, game = reset(envs, args.seed, 0, episode), []  # in place of an autoreset step
         # ---------------------------------------------------------------------------------------------------- learn
         if global_step > args.learning_starts and global_step % args.train_frequency == 0:
             batch = replay.sample(args.batch_size)
@@ -554,6 +830,8 @@ def train(args: Args) -> Path | np.ndarray:
             optimizer.step()
             if args.prioritized:
                 replay.update_priorities(batch.rows, losses)
+            measured = {"losses/td_loss": loss.detach(), "losses/q_values": q_values.detach()}
+            good = torch.where(loss.isfinite(), global_step, good)
         # --------------------------------------------------------------------------------------------------- target
         if global_step > args.learning_starts and global_step % args.target_network_frequency == 0:
             target_network.load_state_dict(q_network.state_dict())
@@ -567,32 +845,50 @@ def train(args: Args) -> Path | np.ndarray:
         reporting = updates and global_step % args.diagnostics_frequency == 0
         if global_step % 1_000 == 0 or reporting or last:
             scalars |= {"charts/epsilon": epsilon, "charts/SPS": global_step / (time.monotonic() - start)}
-            if loss is not None:
-                scalars |= {"losses/td_loss": loss.item(), "losses/q_values": q_values.mean().item()}
-                if not math.isfinite(scalars["losses/td_loss"]):
-                    writer.close()
-                    fail(f"the loss is {loss.item()} at step {global_step:,}: the run in {folder} is stopped.")
+            scalars |= {tag: values.mean().item() for tag, values in measured.items()}
+            if not all(math.isfinite(scalars[tag]) for tag in measured):
+                diverged(folder, first_bad())
         if reporting:
             scalars |= diagnose(q_network, replay.probe(probe_rng), updates, probe_rng)
             updates.clear()
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, global_step)
-        scalars.clear()
+        log(writer, scalars, global_step)
+        logged, scalars = scalars, {}
         # ----------------------------------------------------------------------------------------------- checkpoint
         evaluating = last or (args.eval_frequency and global_step % args.eval_frequency == 0)
         if evaluating and args.save_model:
-            save_checkpoint(folder / "model.pt", q_network, args, global_step)
-        if evaluating and args.eval_episodes:
-            video = folder / f"videos/step-{global_step}.mp4"
-            returns = evaluate(make_env(args), q_network, args, device, global_step, video)
-            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-    if recorder:
+            save_model(folder / "model.pt", q_network, args, global_step)
+        if pending := bool(evaluating and args.eval_episodes):
+            if last and args.checkpoint_frequency:  # it may take long
+                saved = checkpoint_now()
+            pending = evaluate_now()
+        if args.checkpoint_frequency and global_step % args.checkpoint_frequency == 0 and not (last or STOP):
+            saved = checkpoint_now()
+    finished = global_step == args.total_timesteps and not pending
+    if recorder and recorder.rows and finished:
         recorder.write(last=True)
-    bar.close()
-    writer.close()
-    print(f"run folder: {folder}", flush=True)
+    if args.checkpoint_frequency and saved != (global_step, pending):
+        saved = checkpoint_now()
+    log(writer, {}, global_step, flush=True)
+    for resource in (bar, writer, lock):
+        resource.close()
+    if finished:
+        STOP.clear()  # it came too late
+        print(f"run folder: {folder}")
+    else:
+        how = f"go on with --resume {folder}" if saved == (global_step, pending) else "there is no checkpoint of it"
+        print(f"stopped at step {global_step:,}: {how}")
     return folder
 
 
+def stop(number: int, _frame) -> None:
+    """Ask the run to end at its next step, with a checkpoint. A second Ctrl-C ends it at once."""
+    STOP.append(number)
+    if number == signal.SIGINT:  # some programs send SIGTERM twice
+        signal.signal(number, signal.SIG_DFL)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     train(parse_args())
+    sys.exit(128 + STOP[0] if STOP else 0)

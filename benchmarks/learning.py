@@ -4,10 +4,11 @@
     python benchmarks/learning.py --benchmark 100k --jobs 2
 
 starts the runs whose results are not yet in benchmarks/results/minatar.csv, one process a core (a run that was cut off
-is started afresh), adds each result to that file as it comes, and prints a table with random play for comparison. The
-settings of 500k, the four agents of the ALE study, are Dopamine's for MinAtar (learning rate, Adam epsilon, replay,
-periods, C51's support), with epsilon to 0.01 over 100,000 steps. 100k has the agents of Atari 100k with their own
-settings but for MinAtar's learning rate, Adam epsilon and support, and images shifted by one cell instead of four.
+goes on from its last checkpoint), adds each result to that file as it comes, and prints a table with random play for
+comparison. The settings of 500k, the four agents of the ALE study, are Dopamine's for MinAtar (learning rate, Adam
+epsilon, replay, periods, C51's support), with epsilon to 0.01 over 100,000 steps. 100k has the agents of Atari 100k
+with their own settings but for MinAtar's learning rate, Adam epsilon and support, and images shifted by one cell
+instead of four.
 """
 
 import csv
@@ -116,6 +117,7 @@ def run(args: Args, wanted: dict) -> None:
         for name, value in wanted.items():
             if name != "agent":
                 command += [f"--{name.replace('_', '-')}", str(value)]
+        command += ["--checkpoint-frequency", str(max(wanted["total_timesteps"] // 10, 1)), "--resume", "auto"]
         args.runs.mkdir(exist_ok=True)
         print(" ".join(command), flush=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

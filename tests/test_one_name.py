@@ -11,16 +11,16 @@ from conftest import AGENTS, ROOT, load
 from sync import OWN, blocks, replaced, shared
 
 SOURCES = {path.stem: path.read_text() for path in AGENTS}
-LONGEST = {  # beside all that dqn.py has, recording included:
-    "qrdqn": 615,  # quantiles, and the study's knobs
-    "iqn": 620,  # the cosine embedding
-    "rainbow": 675,  # two losses, and noisy, dueling and double, each to be switched
-    "der": 690,  # noisy layers, C51, LifeStack
-    "drq_eps": 655,  # augmentation, LifeStack
-    "spr": 775,  # der.py, augmentation, transition model, sequences
-    "cql_offline": 735,  # instead of a replay of its own steps and of Recorder: reading a dataset; three losses
+LONGEST = {  # beside all that dqn.py has, recording and resuming included:
+    "qrdqn": 915,  # quantiles, and the study's knobs
+    "iqn": 920,  # the cosine embedding
+    "rainbow": 970,  # two losses, and noisy, dueling and double, each to be switched
+    "der": 985,  # noisy layers, C51, LifeStack
+    "drq_eps": 950,  # augmentation, LifeStack
+    "spr": 1075,  # der.py, augmentation, transition model, sequences
+    "cql_offline": 1020,  # instead of a replay of its own steps and of Recorder: reading a dataset; three losses
 }
-LESSONS = [("rainbow", "der", 140), ("der", "drq_eps", 145), ("der", "spr", 170)]
+LESSONS = [("rainbow", "der", 145), ("der", "drq_eps", 145), ("der", "spr", 170)]
 GROUPS = ["RunArgs", "EnvironmentArgs", "TrainingArgs", "AlgorithmArgs"]
 
 
@@ -102,7 +102,7 @@ def test_the_heart_is_short_and_the_file_is_one_sitting(name):
     assert sum(b - a for a, b in blocks(heart).values()) <= 40
     assert len(ast.get_docstring(ast.parse(source)).splitlines()) <= 20
     assert not re.search(r"\.squeeze\(\)", source)
-    assert len(source.splitlines()) <= LONGEST.get(name, 600)
+    assert len(source.splitlines()) <= LONGEST.get(name, 900)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""A long run with checkpoints: does its memory stay flat once the replay is full?
+
+    python benchmarks/soak.py --minutes 60 --out benchmarks/figures/soak.png
+
+trains on MinAtar with a checkpoint every 10,000 steps, notes the process' resident memory every five seconds, stops it
+with SIGTERM, prints how much it grew from the filling of the replay to the end, and draws it.
+"""
+
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import psutil
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Args:
+    agent: str = "rainbow"  # file in agents/ to run
+    minutes: float = 60.0  # that it runs
+    rows: int = 100_000  # transitions in the replay
+    out: Path = Path("soak.png")  # file to write
+
+
+def main(args: Args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "agents" / f"{args.agent}.py"), "--env-id", "MinAtar/Breakout-v1"]
+        command += ["--buffer-size", str(args.rows), "--total-timesteps", "1000000000", "--learning-starts", "1000"]
+        command += ["--checkpoint-frequency", "10000", "--eval-frequency", "50000", "--no-cuda", "--prioritized"]
+        out = Path(folder) / "out.txt"
+        process = subprocess.Popen(command, cwd=folder, stdout=out.open("w"))
+        watched, start, samples = psutil.Process(process.pid), time.monotonic(), []
+        while process.poll() is None and time.monotonic() - start < 60 * args.minutes:
+            samples.append((time.monotonic() - start, watched.memory_info().rss / 1e6))
+            time.sleep(5)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        steps = int(re.search(r"stopped at step ([\d,]+)", out.read_text())[1].replace(",", ""))
+        (run,) = (Path(folder) / "runs").iterdir()
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+        events.Reload()
+        began = events.FirstEventTimestamp()
+        filled = next(e.wall_time - began for e in events.Scalars("charts/epsilon") if e.step >= args.rows)
+    times, memory = np.array(samples).T
+    after = times > filled + 60
+    slope = np.polyfit(times[after] / 3_600, memory[after], 1)[0]
+    print(f"{steps:,} steps in {args.minutes:g} minutes, status {process.returncode}, {steps // 10_000} checkpoints")
+    print(f"the replay was full after {filled / 60:.1f} minutes; from a minute later to the end:")
+    print(f"{memory[after].min():.0f} to {memory[after].max():.0f} MB, a trend of {slope:+.1f} MB an hour")
+    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    axes.plot(times / 60, memory)
+    axes.axvline(filled / 60, color="0.5", linestyle=":", label="the replay is full")
+    axes.set_xlabel("minutes")
+    axes.set_ylabel("resident memory (MB)")
+    axes.set_ylim(0)
+    axes.legend(frameon=False)
+    figure.savefig(args.out, dpi=150)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
