@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,12 @@ def load(path: Path):
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+CHECKS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+settings.register_profile("short", derandomize=True, max_examples=100, **CHECKS)
+settings.register_profile("long", max_examples=10_000, **CHECKS)  # pytest --hypothesis-profile=long
+settings.load_profile("short")
 
 
 @pytest.fixture(params=ONLINE, ids=lambda path: path.stem)
