@@ -610,12 +610,18 @@ def test_two_processes_on_one_run(dqn, stopped, capsys):
     assert state(stopped)[1]["global_step"] == 600
 
 
-def test_auto(dqn, stopped, capsys):
+def test_auto(dqn, stopped, monkeypatch, capsys):
     """Other flags, an agent of another name or a finished run: a new one. The same flags: the newest unfinished."""
     for flags in ({"batch_size": 16}, {"seed": 2}, {"exp_name": "other"}, {"gamma": 0.9}):
         folder = dqn.train(small(dqn, resume="auto", **flags))
         assert folder != stopped and state(folder)[1]["global_step"] == 600
     assert state(stopped)[1]["global_step"] == 250
+    with monkeypatch.context() as patch:
+        stop_after(dqn, patch, 150)
+        newest = dqn.train(small(dqn))
+    dqn.STOP.clear()
+    next_second()
+    assert dqn.train(small(dqn, resume="auto")) == newest and state(newest)[1]["global_step"] == 600
     assert dqn.train(small(dqn, resume="auto")) == stopped and state(stopped)[1]["global_step"] == 600
     assert dqn.train(small(dqn, resume="auto")) != stopped
     capsys.readouterr()
