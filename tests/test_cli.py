@@ -173,7 +173,7 @@ def test_the_flags_in_the_readme_exist():
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", text))
     assert named > {"batch-size", "env-id", "n-step"}
-    other = {"help", "logdir", "requirement", "signal"}  # of tyro, tensorboard, pip and Slurm
+    other = {"help", "logdir", "requirement", "signal", "hypothesis-profile"}  # of other programs
     assert {flag.removeprefix("no-") for flag in named} - known - other == set()
 
 
