@@ -886,7 +886,7 @@ def train(args: Args) -> Path | np.ndarray:
     if facts:
         try:
             unpack(arrays, networks, optimizer, {})
-            global_step, pending = facts["global_step"], facts["pending"]
+            saved = global_step, pending = facts["global_step"], facts["pending"]
             last_return = float(facts["last_return"])
             measured = {tag: torch.tensor(value) for tag, value in facts["measured"].items()}
             logged = {tag: float(value) for tag, value in facts["logged"].items()}

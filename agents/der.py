@@ -831,7 +831,7 @@ def train(args: Args) -> Path | np.ndarray:
     if facts:
         try:
             unpack(arrays, networks, optimizer, objects)
-            global_step, pending, game = facts["global_step"], facts["pending"], facts["game"]
+            saved = global_step, pending = facts["global_step"], facts["pending"]
             counted = [kind(x) for kind, x in zip((int, float, int, float), facts["episode"], strict=True)]
             episode, episodic_return, episodic_length, last_return = counted
             measured = {tag: torch.tensor(value) for tag, value in facts["measured"].items()}
@@ -839,7 +839,7 @@ def train(args: Args) -> Path | np.ndarray:
             updates = [torch.tensor(pair, device=device).unbind() for pair in facts["updates"]]
             for generator, state in zip(rngs, facts["rngs"], strict=True):
                 generator.bit_generator.state = state
-            start, obs = start - facts["seconds"], reset(envs, args.seed, 0, episode)
+            start, obs, game = start - facts["seconds"], reset(envs, args.seed, 0, episode), facts["game"]
             actions_exist = type(game) is list and all(type(x) is int and 0 <= x < num_actions for x in game)
             if not (actions_exist and 0 <= replay.pos < replay.buffer_size):
                 raise ValueError

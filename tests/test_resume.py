@@ -208,6 +208,17 @@ def test_a_signal_in_the_last_step_comes_too_late(dqn, monkeypatch, capsys):
     assert not dqn.STOP and capsys.readouterr().out.splitlines()[-1] == f"run folder: {folder}"
 
 
+def test_stopped_before_its_first_step(every, monkeypatch, capsys):
+    """A resumed run that is stopped at once has nothing to write: a full replay takes its time."""
+    stop_after(every, monkeypatch, 100)
+    folder = every.train(small(every))
+    written, said = (folder / "checkpoint.npz").stat().st_ino, capsys.readouterr().out.splitlines()[-1]
+    next_second()
+    assert every.STOP and every.train(small(every, resume=str(folder))) == folder
+    assert (folder / "checkpoint.npz").stat().st_ino == written and capsys.readouterr().out.splitlines()[-1] == said
+    every.STOP.clear()
+
+
 def test_stopped_without_a_checkpoint(dqn, monkeypatch, capsys):
     stop_after(dqn, monkeypatch, 100)
     dqn.train(small(dqn, checkpoint_frequency=0))
