@@ -213,11 +213,15 @@ def transitions(replay):
     return {row[0][-1]: row for row in zip(*columns, strict=True)}
 
 
-def test_one_step_transitions_by_hand(offline, tmp_path):
-    """Two games: three steps to a termination, then two to a truncation; then the first two steps of a third."""
+@pytest.mark.parametrize("earlier", [0, 50])
+def test_one_step_transitions_by_hand(offline, tmp_path, earlier):
+    """Two games: three steps to a termination, then two to a truncation; then the first two steps of a third.
+
+    The rows are `earlier` passes over the 30 of the ring on, and add_count has counted those.
+    """
     rows = [*PAD, (11, 1, 0.0, 0), (12, 2, 1.0, 0), (13, 3, -1.0, 1), *PAD, (21, 1, 0.5, 0), (22, 2, 0.0, 0)]
     rows += [*PAD, (31, 4, 0.25, 0), (32, 5, 0.0, 0)]
-    write_checkpoint(tmp_path / "data", 0, rows, 30)
+    write_checkpoint(tmp_path / "data", 0, rows, 30, add_count=earlier * 30 + len(rows))
     found = transitions(read_replay(offline, tmp_path / "data", gamma=0.5))
     assert found == {
         11: ([0, 0, 0, 11], 1, [0, 0, 11, 12], 0.0, 0.5),
