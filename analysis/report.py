@@ -131,7 +131,8 @@ def facts(results: Results, command: str) -> str:
     """Return what was analysed and how, in a few sentences."""
     study, few = results.study, min(results.resamples, CURVE_RESAMPLES)
     counted = f", {len(study.scored)} of them in the aggregates" if study.scored != study.games else ""
-    counted = f"{len(study.groups)} settings, {results.counted(study.games)}{counted}, {study.frames[-1]:,} frames"
+    counted = f"{results.counted(study.games)}{counted}, {study.frames[-1]:,} frames"
+    counted = f"{len(study.groups)} setting{'s' * (len(study.groups) != 1)}, {counted}"
     drawn = f"{results.resamples:,} resamples ({few:,} of curves and profiles)"
     return f"{counted}. Scores: {study.unit}. Intervals: 95%, stratified bootstrap, {drawn}. By {command}"
 

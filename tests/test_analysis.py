@@ -496,6 +496,14 @@ def test_the_report(folders, tmp_path, monkeypatch, capsys):
     assert status == 2 and "no run has agent nobody" in error and (out / "report.html").read_text() == kept
 
 
+def test_the_report_counts_in_words(tmp_path, monkeypatch, capsys):
+    """One setting of one game, in two seeds: one of each, and not "1 settings"."""
+    for seed in (1, 2):
+        write_run(tmp_path / "runs" / str(seed), seed=seed)
+    assert run_command(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "out", "--resamples", "50")[0] == 0
+    assert (tmp_path / "out" / "report.md").read_text().splitlines()[2].startswith("1 setting, 1 game, 2 seeds, ")
+
+
 def test_the_same_seed_gives_the_same_files(folders, tmp_path, monkeypatch, capsys):
     for name in ("one", "two"):
         assert run_command(monkeypatch, capsys, folders, "--out", tmp_path / name, "--resamples", "300")[0] == 0
