@@ -7,9 +7,10 @@ hundred steps of training for the share at the default frequency. Needs 7.1 GB o
 a million transitions.
 """
 
-import importlib.util
+import importlib
 import os
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -21,7 +22,7 @@ import psutil
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "agents"))
 
 
 @dataclass
@@ -53,15 +54,8 @@ class Peak:
         self.gigabytes = (self.most - self.start) / 1e9
 
 
-def load_agent(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "agents" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main(args: Args) -> None:
-    agent, device = load_agent(args.agent), torch.device("cpu")
+    agent, device = importlib.import_module(args.agent), torch.device("cpu")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         os.chdir(name)
         flags = {"total_timesteps": 900, "learning_starts": 300, "eval_episodes": 0, "checkpoint_frequency": 0}

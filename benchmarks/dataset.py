@@ -8,9 +8,9 @@ compares the time of a batch with that of an update. The files are removed at th
 
 import copy
 import gzip
-import importlib.util
 import os
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ import psutil
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "agents"))
+import cql_offline
 
 
 @dataclass
@@ -34,18 +35,11 @@ class Args:
     folder: Path | None = None  # for the files (default: a temporary one)
 
 
-def load_agent():
-    spec = importlib.util.spec_from_file_location("cql_offline", ROOT / "agents" / "cql_offline.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def play(agent, envs, steps: int) -> tuple[np.ndarray, ...]:
+def play(envs, steps: int) -> tuple[np.ndarray, ...]:
     """Frames, actions, rewards and terminals of random play, with three rows of zeros before each game."""
     rng, rows, game = np.random.default_rng(0), [], 0
     while len(rows) < steps:
-        obs, done = agent.reset(envs, 0, 0, game), False
+        obs, done = cql_offline.reset(envs, 0, 0, game), False
         rows += [(np.zeros((84, 84), np.uint8), 0, 0.0, 0)] * 3
         while not done:
             actions = rng.integers(envs.single_action_space.n, size=1)
@@ -79,18 +73,17 @@ def resident() -> float:
 
 
 def main(args: Args) -> None:
-    agent = load_agent()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        flags = agent.Args(env_id=f"ALE/{args.game}-v5", dataset_dir=name, num_checkpoints=args.checkpoints)
-        envs, device = agent.make_env(flags), torch.device("cpu")
+        flags = cql_offline.Args(env_id=f"ALE/{args.game}-v5", dataset_dir=name, num_checkpoints=args.checkpoints)
+        envs, device = cql_offline.make_env(flags), torch.device("cpu")
         start = time.monotonic()
-        write(folder, play(agent, envs, args.steps), args)
+        write(folder, play(envs, args.steps), args)
         size = (folder / "$store$_observation_ckpt.0.gz").stat().st_size
         print(f"made in {time.monotonic() - start:.0f} s; the frames of a checkpoint are a file of {size / 1e9:.3f} GB")
         before, start = resident(), time.monotonic()
         rng, loaded = np.random.default_rng(0), {}
-        agent.load(agent.find_checkpoints(flags), loaded, envs, flags, device)
+        cql_offline.load(cql_offline.find_checkpoints(flags), loaded, envs, flags, device)
         replays = list(loaded.values())
         seconds, packed = time.monotonic() - start, np.mean([len(replay.packed) for replay in replays])
         raw = args.checkpoints * args.rows * 84 * 84 / 1e9
@@ -99,7 +92,7 @@ def main(args: Args) -> None:
         f"{args.checkpoints} checkpoints, {rows:,} transitions, {raw:.1f} GB of frames: loaded in {seconds:.0f} s on "
         f"{os.cpu_count()} cores, {resident() - before:.2f} GB of memory, {packed / args.rows:.0f} bytes a frame"
     )
-    network = agent.OfflineNetwork((4, 84, 84), int(envs.single_action_space.n), flags)
+    network = cql_offline.OfflineNetwork((4, 84, 84), int(envs.single_action_space.n), flags)
     target_network, optimizer = copy.deepcopy(network), torch.optim.Adam(network.parameters(), fused=True)
     for batch_size in (8, 32):
         times = {"batch": [], "update": []}
@@ -107,9 +100,9 @@ def main(args: Args) -> None:
             start = time.perf_counter()
             batch = replays[rng.integers(len(replays))].sample(batch_size, rng)
             middle = time.perf_counter()
-            targets = agent.offline_target(network, target_network, batch)
+            targets = cql_offline.offline_target(network, target_network, batch)
             optimizer.zero_grad()
-            agent.offline_loss(network, batch, targets, flags)[0].mean().backward()
+            cql_offline.offline_loss(network, batch, targets, flags)[0].mean().backward()
             optimizer.step()
             times["batch"].append(middle - start)
             times["update"].append(time.perf_counter() - middle)
