@@ -6,7 +6,8 @@ records 500,000 steps of dqn.py in each game (a few minutes), cuts out the last 
 dataset, and trains each algorithm on both, with one-step and three-step returns, batches of 8 and 32, three seeds. The
 score of a run is its last evaluation. Results are added to benchmarks/results/offline.csv as they come; runs that are
 there are not made again. The table has the IQM over games and seeds, in shares of what the behaviour policy (mean of
-the recorded games) and plain DQN (its last 100 games) gained on random play. MinAtar's settings are Dopamine's.
+the recorded games) and the DQN that was recorded (its last 100 games) gained on random play, and the probability that a
+run beats one of dqn, offline, with the same settings. MinAtar's settings are Dopamine's.
 """
 
 import csv
@@ -26,7 +27,7 @@ import tyro
 from learning import FLAGS, ROOT, add_row, random_play, scalars
 
 sys.path.insert(0, str(ROOT))
-from analysis.statistics import estimate
+from analysis.statistics import estimate, probability_of_improvement
 
 RESULTS = ROOT / "benchmarks" / "results" / "offline.csv"
 RECORDINGS = RESULTS.with_name("offline_recordings.csv")
@@ -137,30 +138,55 @@ def train(args: Args, wanted: dict) -> None:
     add_row(RESULTS, [*KEYS, "score", "git_commit"], [*key, f"{score:.4f}", commit])
 
 
+def scores_of(args: Args, results: dict, setting: dict) -> np.ndarray:
+    """The scores of the seeds that are there, of {name of KEYS: value} but for seed and length."""
+    wanted = [setting | {"seed": seed, "total_timesteps": args.total_timesteps} for seed in seeds_of(args)]
+    keys = [tuple(str(one[name]) for name in KEYS) for one in wanted]
+    return np.array([results[key] for key in keys if key in results])
+
+
+def chance(args: Args, results: dict, ours: dict, theirs: dict) -> str:
+    """The probability that a run of `ours` beats one of `theirs` that is the same in all else, and its interval."""
+    factors = {"game": args.games, "data": args.data, "algorithm": args.algorithms}
+    factors |= {"n_step": args.n_steps, "batch_size": args.batch_sizes}
+    free = {name: values for name, values in factors.items() if name not in ours}
+    settings = [dict(zip(free, values, strict=True)) for values in product(*free.values())]
+    pairs = [[scores_of(args, results, setting | side) for side in (ours, theirs)] for setting in settings]
+    pairs = [pair for pair in pairs if all(map(len, pair))]
+    if not pairs or ours == theirs:
+        return ""
+    found = probability_of_improvement(*zip(*pairs, strict=True), np.random.default_rng(0))
+    return f"{found.point:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
 def table(args: Args) -> None:
-    """Print the scores, a row for each setting."""
+    """Print the scores, a row for each setting, and what beats what over all settings."""
     results, levels = known(), levels_of(args)
     for game, play in levels.items():
         print(game + ": " + ", ".join(f"{name} {value:.2f}" for name, value in play.items()))
     names = [game.split("/")[1].removesuffix("-v1") for game in args.games]
-    print(f"| data | algorithm | n-step | batch | {' | '.join(names)} | IQM, behaviour = 1 | IQM, DQN = 1 |")
-    print("|-|-|-|-|" + "-|" * (len(names) + 2))
-    for data, algorithm, n_step, batch_size in product(args.data, args.algorithms, args.n_steps, args.batch_sizes):
-        scores = []
-        for game in args.games:
-            keys = [(game, data, algorithm, n_step, batch_size, seed, args.total_timesteps) for seed in seeds_of(args)]
-            scores.append([results[key] for key in [tuple(map(str, key)) for key in keys] if key in results])
-        if not all(scores):
+    titles = ["data", "algorithm", "n-step", "batch", *names, "IQM, behaviour = 1", "IQM, DQN = 1", "beats dqn"]
+    print(f"\n| {' | '.join(titles)} |\n|{'-|' * len(titles)}")
+    for values in product(args.data, args.algorithms, args.n_steps, args.batch_sizes):
+        setting = dict(zip(("data", "algorithm", "n_step", "batch_size"), values, strict=True))
+        found = {game: scores_of(args, results, setting | {"game": game}) for game in args.games}
+        if not all(map(len, found.values())):
             continue
-        cells = [f"{np.mean(found):.2f} ({', '.join(f'{score:.1f}' for score in found)})" for found in scores]
-        for top in (data, "dqn"):
-            strata = [
-                (np.array(found) - levels[game]["random"]) / (levels[game][top] - levels[game]["random"])
-                for game, found in zip(args.games, scores, strict=True)
-            ]
+        cells = [f"{scores.mean():.2f} ({', '.join(f'{score:.1f}' for score in scores)})" for scores in found.values()]
+        for top in (setting["data"], "dqn"):
+            spans = {game: play[top] - play["random"] for game, play in levels.items()}
+            strata = [(scores - levels[game]["random"]) / spans[game] for game, scores in found.items()]
             iqm = estimate(strata, np.random.default_rng(0), ["iqm"])["iqm"]
             cells.append(f"{iqm.point:.2f} [{iqm.low:.2f}, {iqm.high:.2f}]")
-        print(f"| {data} | {algorithm} | {n_step} | {batch_size} | {' | '.join(cells)} |")
+        cells.append(chance(args, results, setting, setting | {"algorithm": "dqn"}))
+        print(f"| {' | '.join(map(str, (*values, *cells)))} |")
+    duels = [("algorithm", "cql-dr3", "dqn"), ("algorithm", "cql-c51", "dqn"), ("algorithm", "cql-c51", "cql-dr3")]
+    duels += [("n_step", 3, 1), ("batch_size", 8, 32)]
+    print(f"\n| a run of | beats one of | {' | '.join(args.data)} |\n|-|-|{'-|' * len(args.data)}")
+    for name, ours, theirs in duels:
+        cells = [chance(args, results, {"data": data, name: ours}, {"data": data, name: theirs}) for data in args.data]
+        titles = [f"{name} {value}".removeprefix("algorithm ").replace("_", " ") for value in (ours, theirs)]
+        print(f"| {' | '.join((*titles, *cells))} |")
 
 
 def seeds_of(args: Args) -> range:
