@@ -22,12 +22,17 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from learning import FLAGS, ROOT, add_row, random_play, scalars
 
 sys.path.insert(0, str(ROOT))
-from analysis.statistics import estimate, probability_of_improvement
+from analysis.figures import COLOURS, MARKERS, STYLE
+from analysis.statistics import Interval, estimate, probability_of_improvement
 
 RESULTS = ROOT / "benchmarks" / "results" / "offline.csv"
 RECORDINGS = RESULTS.with_name("offline_recordings.csv")
@@ -54,6 +59,7 @@ class Args:
     jobs: int = 1  # runs at a time, each on one core
     runs: Path = ROOT / "runs"  # folder of the run folders; the recordings are in datasets/ beside it
     table_only: bool = False  # start nothing, print what is there
+    figure: Path | None = None  # picture of the IQMs to write
 
 
 def start(args: Args, agent: str, flags: dict) -> Path:
@@ -159,27 +165,37 @@ def chance(args: Args, results: dict, ours: dict, theirs: dict) -> str:
     return f"{found.point:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
+def measured(args: Args, results: dict, levels: dict) -> list[tuple[dict, dict, list[Interval]]]:
+    """Every setting that was run: {name of KEYS: value}, {game: scores}, the IQMs in shares of behaviour and of DQN."""
+    found = []
+    for values in product(args.data, args.algorithms, args.n_steps, args.batch_sizes):
+        setting = dict(zip(("data", "algorithm", "n_step", "batch_size"), values, strict=True))
+        scores = {game: scores_of(args, results, setting | {"game": game}) for game in args.games}
+        if not all(map(len, scores.values())):
+            continue
+        iqms = []
+        for top in (setting["data"], "dqn"):
+            spans = {game: play[top] - play["random"] for game, play in levels.items()}
+            strata = [(values - levels[game]["random"]) / spans[game] for game, values in scores.items()]
+            iqms.append(estimate(strata, np.random.default_rng(0), ["iqm"])["iqm"])
+        found.append((setting, scores, iqms))
+    return found
+
+
 def table(args: Args) -> None:
-    """Print the scores, a row for each setting, and what beats what over all settings."""
+    """Print the scores, a row for each setting, and what beats what over all settings; draw the IQMs."""
     results, levels = known(), levels_of(args)
     for game, play in levels.items():
         print(game + ": " + ", ".join(f"{name} {value:.2f}" for name, value in play.items()))
     names = [game.split("/")[1].removesuffix("-v1") for game in args.games]
     titles = ["data", "algorithm", "n-step", "batch", *names, "IQM, behaviour = 1", "IQM, DQN = 1", "beats dqn"]
     print(f"\n| {' | '.join(titles)} |\n|{'-|' * len(titles)}")
-    for values in product(args.data, args.algorithms, args.n_steps, args.batch_sizes):
-        setting = dict(zip(("data", "algorithm", "n_step", "batch_size"), values, strict=True))
-        found = {game: scores_of(args, results, setting | {"game": game}) for game in args.games}
-        if not all(map(len, found.values())):
-            continue
-        cells = [f"{scores.mean():.2f} ({', '.join(f'{score:.1f}' for score in scores)})" for scores in found.values()]
-        for top in (setting["data"], "dqn"):
-            spans = {game: play[top] - play["random"] for game, play in levels.items()}
-            strata = [(scores - levels[game]["random"]) / spans[game] for game, scores in found.items()]
-            iqm = estimate(strata, np.random.default_rng(0), ["iqm"])["iqm"]
-            cells.append(f"{iqm.point:.2f} [{iqm.low:.2f}, {iqm.high:.2f}]")
+    rows = measured(args, results, levels)
+    for setting, scores, iqms in rows:
+        cells = [f"{x.mean():.2f} ({', '.join(f'{score:.1f}' for score in x)})" for x in scores.values()]
+        cells += [f"{iqm.point:.2f} [{iqm.low:.2f}, {iqm.high:.2f}]" for iqm in iqms]
         cells.append(chance(args, results, setting, setting | {"algorithm": "dqn"}))
-        print(f"| {' | '.join(map(str, (*values, *cells)))} |")
+        print(f"| {' | '.join(map(str, (*setting.values(), *cells)))} |")
     duels = [("algorithm", "cql-dr3", "dqn"), ("algorithm", "cql-c51", "dqn"), ("algorithm", "cql-c51", "cql-dr3")]
     duels += [("n_step", 3, 1), ("batch_size", 8, 32)]
     print(f"\n| a run of | beats one of | {' | '.join(args.data)} |\n|-|-|{'-|' * len(args.data)}")
@@ -187,6 +203,29 @@ def table(args: Args) -> None:
         cells = [chance(args, results, {"data": data, name: ours}, {"data": data, name: theirs}) for data in args.data]
         titles = [f"{name} {value}".removeprefix("algorithm ").replace("_", " ") for value in (ours, theirs)]
         print(f"| {' | '.join((*titles, *cells))} |")
+    if args.figure:
+        draw(args, rows)
+
+
+def draw(args: Args, rows: list[tuple[dict, dict, list[Interval]]]) -> None:
+    """The IQMs in shares of the behaviour policy, a panel for each dataset."""
+    with matplotlib.rc_context(STYLE):
+        figure, panels = plt.subplots(1, len(args.data), figsize=(8, 3.3), sharey=True, squeeze=False)
+        for axes, data in zip(panels[0], args.data, strict=True):
+            settings = list(product(args.n_steps, args.batch_sizes))
+            axes.axhline(1, color="0.5", linestyle=":")
+            for number, algorithm in enumerate(args.algorithms):
+                found = [row for row in rows if (row[0]["data"], row[0]["algorithm"]) == (data, algorithm)]
+                places = [settings.index((setting["n_step"], setting["batch_size"])) for setting, *_ in found]
+                points, low, high = np.array([iqms[0] for *_, iqms in found]).reshape(-1, 3).T
+                places, colour = np.add(places, 0.2 * number - 0.2), ["black", *COLOURS][number]
+                axes.vlines(places, low, high, color=colour)
+                axes.plot(places, points, MARKERS[number], color=colour, label=algorithm)
+            axes.set_xticks(range(len(settings)), [f"n-step {n}\nbatch {batch}" for n, batch in settings])
+            axes.set_title(f"{data} of the recording")
+        panels[0, 0].set_ylabel("IQM (random play 0, recorded games 1)")
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        figure.savefig(args.figure)
 
 
 def seeds_of(args: Args) -> range:
