@@ -2,7 +2,7 @@
 
     python benchmarks/offline.py --jobs 2
 
-records 500,000 steps of dqn.py in each game (a few minutes), cuts out the last tenth of them as a second, narrow
+records 500,000 steps of dqn.py in each game (some ten minutes), cuts out the last tenth of them as a second, narrow
 dataset, and trains each algorithm on both, with one-step and three-step returns, batches of 8 and 32, three seeds. The
 score of a run is its last evaluation. Results are added to benchmarks/results/offline.csv as they come; runs that are
 there are not made again. The table has the IQM over games and seeds, in shares of what the behaviour policy (mean of
