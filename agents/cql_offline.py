@@ -1,36 +1,29 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "ale-py==0.12.1", "minatar==1.0.15", "stable-baselines3==2.9.2",
-#   "tyro==1.0.17", "numpy==2.4.6", "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2", "imageio-ffmpeg==0.8.1"]
+#   "tyro==1.0.17", "numpy==2.4.6", "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2"]
 # ///
-"""Offline DQN, CQL + DR3 and CQL + C51 on the DQN Replay Dataset: learn from another agent's games, play none.
+"""Offline DQN, CQL + DR3 and CQL + C51: learn from another agent's recorded games, play none.
 
-Dataset: Agarwal et al., 2020. CQL: Kumar et al., "Conservative Q-learning for offline reinforcement learning", 2020.
-DR3: Kumar et al., "DR3: value-based deep reinforcement learning requires explicit regularization", 2022.
-Read after rainbow.py; differs in (1) the replay, which is read from files, frames compressed, (2) the CQL and DR3 terms
-of the loss, (3) the loop: no acting; in each iteration a few checkpoints of the dataset, drawn anew.
+Dataset: Agarwal et al., 2020. CQL: Kumar et al., 2020, "Conservative Q-learning for offline reinforcement learning".
+DR3: Kumar et al., 2022, "DR3: value-based deep reinforcement learning requires explicit regularization".
+Read after rainbow.py; differs in (1) the replay, which is read from files, (2) the CQL and DR3 terms of the loss,
+(3) the loop: no acting; in each iteration a few checkpoints of the dataset, drawn anew. Steps count as an online
+agent's would, an update every 4, so that curves compare. The coefficient of the CQL term beside DR3 is ours.
 
-Steps count as an online agent's would, one update every 4, so that curves compare; none is played. The coefficient of
-the CQL term is ours where DR3 is on. --record-dataset of any online agent makes such a dataset.
+200 iterations of 62,500 updates, as in the study (docs/offline.md says how to get the dataset):
+    python agents/cql_offline.py --algorithm cql-dr3 --env-id ALE/Pong-v5 --dataset-dir Pong/1/replay_logs
 
-Full scale, 200 iterations of 62,500 updates (the README says how to get the dataset):
-  python agents/cql_offline.py --algorithm cql-dr3 --env-id ALE/Pong-v5 --dataset-dir Pong/1/replay_logs
-Two minutes on a CPU, once dqn.py's short command has been run with --record-dataset breakout:
-  python agents/cql_offline.py --env-id MinAtar/Breakout-v1 --dataset-dir breakout --num-checkpoints 1 \
-    --total-timesteps 100000 --iteration-steps 50000 --eval-steps 5000 --target-network-frequency 1000 \
-    --learning-rate 2.5e-4 --adam-eps 3.125e-4
+Two minutes on a CPU, from a run of dqn.py that export_dataset.py has exported:
+    python agents/cql_offline.py --env-id MinAtar/Breakout-v1 --dataset-dir breakout --num-checkpoints 1
+        --total-timesteps 100000 --iteration-steps 50000 --eval-steps 5000 --target-network-frequency 1000
+        --learning-rate 2.5e-4 --adam-eps 3.125e-4
 """
 
-import argparse
-import contextlib
 import copy
-import difflib
-import errno
-import fcntl
-import functools
 import gzip
-import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -44,210 +37,379 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import ale_py
 import gymnasium as gym
 import numpy as np
 import psutil
 import torch
-import torch.nn as nn
 import tyro
 from stable_baselines3.common.buffers import BaseBuffer
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-AGENT = "cql_offline"
-VERSION = 1  # of the checkpoints' format
-PACKAGES = ["torch", "gymnasium", "ale-py", "MinAtar", "stable_baselines3", "numpy"]  # that can change results
-LIMITS = {"cql_alpha": (0, 1e6), "dr3_coefficient": (0, 1e6), "v_min": (-1e6, 0), "v_max": (1e-3, 1e6)}  # min, max
-LIMITS |= {"n_atoms": (2, 1000), "data_fraction": (1e-9, 1)}
-PARSER = threading.Lock()  # Python 3.11's parser, with which NumPy reads headers, fails in threads (gh-106905)
-COUNTERS: list[str] = []  # of the replay: there are none
-STOP: list[int] = []  # signals that have asked the run to end
-DEFAULTS = {  # of flags, where they are the algorithm's
-    "dqn": {"cql_alpha": 0.0, "dr3_coefficient": 0.0},
+DEFAULTS = {  # of the flags that depend on the algorithm
+    "dqn": {"learning_rate": 6.25e-5, "adam_eps": 1.5e-4, "cql_alpha": 0.0, "dr3_coefficient": 0.0},
     "cql-dr3": {"learning_rate": 5e-5, "adam_eps": 3.125e-4, "cql_alpha": 0.1, "dr3_coefficient": 0.1},
-    "cql-c51": {"target_network_frequency": 400, "data_fraction": 0.05, "cql_alpha": 0.1, "dr3_coefficient": 0.0},
+    "cql-c51": {"learning_rate": 6.25e-5, "adam_eps": 1.5e-4, "cql_alpha": 0.1, "dr3_coefficient": 0.0},
 }
+DEFAULTS["dqn"].update(target_network_frequency=8_000, data_fraction=1.0)
+DEFAULTS["cql-dr3"].update(target_network_frequency=8_000, data_fraction=1.0)
+DEFAULTS["cql-c51"].update(target_network_frequency=400, data_fraction=0.05)
 
 
-# ------------------------------------------------------------------------------------------------------------ arguments
 @dataclass
-class RunArgs:
-    exp_name: str = AGENT  # name of the experiment, part of the run folder's name
+class Args:
+    # ---- run
+    exp_name: str = "cql_offline"  # part of the run folder's name
     seed: int = 1  # seed of every random generator
-    cuda: bool = True  # use a CUDA device where there is one
-    track: bool = False  # mirror the logs to Weights & Biases (pip install wandb; WANDB_PROJECT names the project)
-    diagnostics_frequency: int = 10_000  # agent steps between reports on the network, under diagnostics/ (0: none)
-    checkpoint_frequency: int = 250_000  # agent steps between checkpoints, for --resume to go on from (0: none at all)
-    resume: str | None = None  # run folder to go on with, or auto: the newest unfinished run of these flags, if any
-    save_model: bool = False  # keep the weights as model.pt in the run folder, before each evaluation
-    eval_steps: int = 125_000  # agent steps of each evaluation, its last game played to the end (0: no evaluation)
-    eval_epsilon: float = 0.001  # share of random actions in evaluation, 0 to 1
-    capture_video: bool = False  # write an MP4 of the first game of each evaluation
-    eval_only: bool = False  # play the weights in --checkpoint; of the flags, only this group's are not read from there
-    checkpoint: str | None = None  # file that --save-model wrote, to play with --eval-only
-
-
-@dataclass
-class EnvironmentArgs:
-    env_id: str = "ALE/Pong-v5"  # game: any ALE/<Game>-v5 or MinAtar/<Game>-v1
-    sticky_actions: float = 0.25  # probability that a frame repeats the previous action (ALE; MinAtar has its own 0.1)
-    noop_max: int = 0  # random no-op frames at the start of a game, fewer than this; 0 for none (ALE)
-    frame_skip: int = 4  # emulator frames per agent step (ALE; MinAtar has 1)
-    max_episode_steps: int = 27_000  # agent steps after which a game is truncated
-
-
-@dataclass
-class TrainingArgs:
-    total_timesteps: int = 50_000_000  # agent steps of training
+    cuda: bool = True  # use a GPU where there is one
+    track: bool = False  # mirror the log to Weights & Biases
+    eval_steps: int = 125_000  # agent steps of each evaluation, its last game played to the end (0: none)
+    eval_epsilon: float = 0.001  # share of random actions in evaluation
+    save_model: bool = False  # write model.pt at each evaluation
+    checkpoint_frequency: int = 250_000  # agent steps between checkpoints (0: none)
+    resume: str | None = None  # run folder, or auto: the newest unfinished run of these flags
+    diagnostics_frequency: int = 10_000  # agent steps between diagnostics (0: none)
+    # ---- environment
+    env_id: str = "ALE/Pong-v5"  # any ALE/<Game>-v5 or MinAtar/<Game>-v1
+    sticky_actions: float = 0.25  # chance that a frame repeats the last action (ALE)
+    noop_max: int = 0  # no-op frames at the start of a game, fewer than this (ALE)
+    frame_skip: int = 4  # emulator frames in an agent step (ALE)
+    max_episode_steps: int = 27_000  # agent steps before a game is truncated
+    # ---- training
+    total_timesteps: int = 50_000_000  # agent steps
     iteration_steps: int = 250_000  # agent steps of an iteration: a draw of checkpoints, updates, an evaluation
-    learning_rate: float = 6.25e-5  # Adam's step size
-    adam_eps: float = 1.5e-4  # Adam's epsilon, the same for every batch size
-    batch_size: int = 32  # transitions per update
+    learning_rate: float | None = None  # Adam's step size
+    adam_eps: float | None = None  # Adam's epsilon
+    batch_size: int = 32  # transitions in an update
     gamma: float = 0.99  # discount per agent step
     train_frequency: int = 4  # agent steps between updates
-    target_network_frequency: int = 8_000  # agent steps between copies to the target network
-    network: Literal["dopamine", "nature", "dopamine-x4", "impala"] = "dopamine"  # convolutions (ALE; MinAtar has one)
-
-
-@dataclass
-class AlgorithmArgs:
+    target_network_frequency: int | None = None  # agent steps between copies to the target network
+    network: Literal["dopamine", "nature", "dopamine-x4", "impala"] = "dopamine"  # convolutions (ALE)
+    # ---- algorithm; None is the algorithm's own default, in DEFAULTS
     algorithm: Literal["dqn", "cql-dr3", "cql-c51"] = "dqn"  # TD loss: squared, Huber, C51 with dueling and double Q
-    dataset_dir: str | None = None  # folder of the dataset, replay_logs
-    num_checkpoints: int = 5  # checkpoints of the dataset that an iteration learns from, drawn at random
-    data_fraction: float = 1.0  # share of each checkpoint that is used, its first rows, 0 to 1
-    n_step: int = 1  # agent steps of reward in a return before it bootstraps
-    cql_alpha: float = 0.0  # weight of the CQL term, logsumexp Q - Q(a)
-    dr3_coefficient: float = 0.0  # weight of the DR3 term, |features . next features|
+    dataset_dir: str | None = None  # folder of the dataset's files
+    num_checkpoints: int = 5  # checkpoints of the dataset that an iteration learns from
+    data_fraction: float | None = None  # share of each checkpoint that is used, its first rows
+    n_step: int = 1  # rewards in a return before it bootstraps
+    cql_alpha: float | None = None  # weight of the CQL term, logsumexp Q - Q(a)
+    dr3_coefficient: float | None = None  # weight of the DR3 term, |features . next features|
     n_atoms: int = 51  # returns on which the distribution has its mass
-    v_min: float = -10.0  # smallest of these returns (discounted sums of clipped rewards)
+    v_min: float = -10.0  # smallest of these returns
     v_max: float = 10.0  # largest of these returns
 
-
-@dataclass
-class Args(AlgorithmArgs, TrainingArgs, EnvironmentArgs, RunArgs):
-    """Every flag, flat: `args.batch_size`."""
-
-
-def parse_offline_args() -> Args:
-    """Read the command line; --algorithm has a say in the defaults, and --resume FOLDER brings that run's flags."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--algorithm", nargs="?")
-    first.add_argument("--resume", nargs="?")
-    early, _ = first.parse_known_args()
-    known = DEFAULTS.get(early.algorithm or AlgorithmArgs.algorithm, {})
-    if early.resume and early.resume != "auto":
-        known = read_flags(Path(early.resume))
-    groups = {"run": RunArgs, "environment": EnvironmentArgs, "training": TrainingArgs, "algorithm": AlgorithmArgs}
-    defaults = {}
-    for name, group in groups.items():
-        defaults[name] = group(**{field.name: known[field.name] for field in fields(group) if field.name in known})
-    kind = make_dataclass("Groups", groups.items())
-    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[kind], description=__doc__, default=kind(**defaults))
-    return Args(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    def __post_init__(self):
+        for name, value in DEFAULTS[self.algorithm].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        ranges = {"n_atoms": (2, 1000), "v_min": (-1e6, 0), "v_max": (1e-3, 1e6), "data_fraction": (1e-9, 1)}
+        check_flags(self, **ranges, cql_alpha=(0, 1e6), dr3_coefficient=(0, 1e6))
+        if self.dataset_dir is None:
+            fail("--dataset-dir is missing: the folder of a dataset, downloaded or written by export_dataset.py.")
+        periods = [self.total_timesteps, self.iteration_steps, self.target_network_frequency]
+        periods += [self.diagnostics_frequency, self.checkpoint_frequency]
+        if any(period % self.train_frequency for period in periods):
+            fail(f"--train-frequency is {self.train_frequency}: it must divide the lengths and the other frequencies.")
 
 
-def fail(message: str) -> NoReturn:
-    """Answer wrong input: one sentence on stderr, exit status 2."""
-    print("error:", *message.splitlines(), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check_offline_args(args: Args) -> None:
-    """Refuse what cannot work before anything is read or written. LIMITS has the flags of special range."""
-    may_be_zero = ["seed", "eval_steps", "diagnostics_frequency", "noop_max", "checkpoint_frequency"]
-    for name, value in asdict(args).items():
-        low, high = LIMITS.get(name, (0, 1) if type(value) is float else (int(name not in may_be_zero), 2**31 - 1))
-        if type(value) in (int, float) and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} is {value}, and must be from {low} to {high}.")
-    periods = ("iteration_steps", "target_network_frequency", "diagnostics_frequency", "checkpoint_frequency")
-    for name in ("total_timesteps", *periods):
-        if getattr(args, name) % args.train_frequency:
-            fail(f"--{name.replace('_', '-')} must be a multiple of --train-frequency, {args.train_frequency}.")
-    if Path(args.exp_name).name != args.exp_name:
-        fail(f"--exp-name {args.exp_name} cannot be part of a folder's name.")
-    if args.resume and (args.eval_only or not args.checkpoint_frequency):
-        fail("--resume goes without --eval-only, and needs a --checkpoint-frequency.")
-    if args.eval_only != (args.checkpoint is not None) or args.eval_steps < (args.eval_only or args.capture_video):
-        fail("--eval-only goes with --checkpoint FILE, and like --capture-video with at least 1 of --eval-steps.")
-    if not (args.eval_only or args.dataset_dir):
-        fail("--dataset-dir is missing: the folder of a dataset, downloaded or made with --record-dataset.")
-    needed = {"wandb": args.track, "imageio_ffmpeg": args.capture_video, "minatar": "MinAtar/" in args.env_id}
-    for package in [name for name, asked in needed.items() if asked and not importlib.util.find_spec(name)]:
-        fail(f"these flags need the package {package}, which is not installed: pip install {package}")
-
-
-# ---------------------------------------------------------------------------------------------------------- environment
-def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
-    """Make a vector of one game: observations (1, 4, 84, 84) uint8 on ALE, (1, channels, 10, 10) bool on MinAtar.
-
-    Rewards are the game's own. A stack has zeros before an episode's first frame. `overrides` are keywords for ALE.
-    """
-    gym.register_envs(ale_py)
-    if importlib.util.find_spec("minatar") and "MinAtar/Breakout-v1" not in gym.registry:
-        importlib.import_module("minatar.gym").register_envs()
-    games = {name.split("/")[1].lower(): name for name in gym.registry if re.match("ALE/.*-v5|MinAtar/.*-v1", name)}
-    if args.env_id not in games.values():
-        near = difflib.get_close_matches(args.env_id.split("/")[-1].lower(), games, cutoff=0.4) or ["pong-v5"]
-        fail(f"{args.env_id!r} is no ALE or MinAtar game of discrete actions: try {' or '.join(map(games.get, near))}.")
-    if args.env_id.startswith("MinAtar/"):
-        rules = {"max_episode_steps": args.max_episode_steps, "sticky_action_prob": 0.1, "difficulty_ramping": True}
-        env = gym.make(args.env_id, disable_env_checker=True, render_mode="rgb_array", **rules)
-        space = gym.spaces.Box(0, 1, np.roll(env.observation_space.shape, 1), bool)  # channels first
-        env = gym.wrappers.TransformObservation(env, lambda obs: obs.transpose(2, 0, 1), space)
-        return gym.vector.SyncVectorEnv([lambda: env])
-    frames = min(args.frame_skip * args.max_episode_steps, 2**31 - 1)
-    length = {"frameskip": args.frame_skip, "max_num_frames_per_episode": frames, "noop_max": args.noop_max}
-    picture = {"maxpool": True, "grayscale": True, "img_height": 84, "img_width": 84, "stack_num": 4}
-    lives = {"episodic_life": False, "life_loss_info": False, "use_fire_reset": False, "reward_clipping": False}
-    actions = {"full_action_space": False, "continuous": False, "repeat_action_probability": args.sticky_actions}
-    kwargs = {"num_envs": 1, "num_threads": 1, **length, **picture, **lives, **actions, **overrides}
-    try:
-        return gym.make_vec(args.env_id, vectorization_mode="vector_entry_point", **kwargs)
-    except (gym.error.Error, OSError, AssertionError, RuntimeError) as error:
-        fail(f"the game {args.env_id} is not installed or could not be started: {' '.join(str(error).split())}")
-
-
-def reset(envs: gym.vector.VectorEnv, seed: int, stream: int, game: int) -> np.ndarray:
-    """Start the game that seed, stream (0: training) and number determine; return its first observation."""
-    if isinstance(envs, gym.vector.SyncVectorEnv):
-        envs.envs[0].unwrapped.game.last_action = 0  # MinAtar's sticky action would outlive the game before
-    return envs.reset(seed=int(np.random.SeedSequence([seed, stream, game]).generate_state(1)[0] >> 1))[0]  # int32
-
-
-# --------------------------------------------------------------------------------------------------------------- replay
+# ======================================= the algorithm =======================================
 class Batch(NamedTuple):
-    obs: torch.Tensor  # (batch, channels, height, width)
-    actions: torch.Tensor  # (batch,) int64
-    next_obs: torch.Tensor  # (batch, channels, height, width) n steps on; zeros after a termination
-    rewards: torch.Tensor  # (batch,) discounted sum of the rewards of n steps, or fewer before a termination
-    discounts: torch.Tensor  # (batch,) gamma**n; 0 after a termination
-    weights: torch.Tensor  # (batch,) importance weights; all 1 without priorities
+    obs: Tensor  # (batch, 4, 84, 84) bytes, or MinAtar's (batch, 10, 10, channels)
+    actions: Tensor  # (batch,) int64
+    rewards: Tensor  # (batch,) discounted sum of n, fewer before a termination
+    next_obs: Tensor  # like obs, n steps on; zeros after a termination
+    discounts: Tensor  # (batch,) gamma^n, or 0 after a termination
     rows: np.ndarray  # (batch,) in the replay
 
 
-class DatasetError(Exception):
-    """A file of the dataset cannot be used: the message is a sentence that names it."""
+class OfflineNetwork(nn.Module):
+    """From observations to logits of the return's distribution, (batch, actions, atoms), or to one atom that is Q."""
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args):
+        super().__init__()
+        self.convolutions, size, width = make_convolutions(obs_shape, args.network)
+        self.dense = nn.Sequential(nn.Linear(size, width), nn.ReLU())
+        distributional = args.algorithm == "cql-c51"
+        self.atoms = args.n_atoms if distributional else 1
+        self.head = nn.Linear(width, num_actions * self.atoms)
+        self.value = nn.Linear(width, self.atoms) if distributional else None  # dueling
+        support = torch.linspace(args.v_min, args.v_max, self.atoms)
+        self.register_buffer("support", support, persistent=False)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def features(self, obs: Tensor) -> Tensor:
+        return self.dense(self.convolutions(obs))  # (batch, width)
+
+    def output(self, features: Tensor) -> Tensor:
+        advantage = self.head(features).unflatten(1, (-1, self.atoms))
+        if self.value is None:
+            return advantage
+        return self.value(features)[:, None] + advantage - advantage.mean(dim=1, keepdim=True)  # Wang et al., eq. 9
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.output(self.features(obs))
+
+    def mean(self, output: Tensor) -> Tensor:
+        """Q of each distribution, (...,) of logits (..., atoms)."""
+        if self.atoms == 1:
+            return output[..., 0]
+        return output.softmax(dim=-1) @ self.support
+
+    def q_values(self, obs: Tensor) -> Tensor:
+        return self.mean(self(obs))
+
+
+@torch.inference_mode()
+def act(q_network: nn.Module, obs: np.ndarray, epsilon: float, num_actions: int, rng, device) -> np.ndarray:
+    """Choose an action epsilon-greedily, of shape (1,)."""
+    if rng.random() < epsilon:
+        return rng.integers(num_actions, size=1)
+    q_values = q_network.q_values(torch.from_numpy(obs).to(device))
+    return q_values.argmax(dim=1).cpu().numpy()
+
+
+@torch.no_grad()
+def offline_target(q_network: OfflineNetwork, target_network: OfflineNetwork, batch: Batch) -> Tensor:
+    """The distribution of r + gamma Z(s', a*), a* by double Q-learning, or r + gamma max_a Q(s', a), (batch, atoms)."""
+    output = target_network(batch.next_obs)  # (batch, actions, atoms)
+    if output.shape[2] == 1:
+        return batch.rewards[:, None] + batch.discounts[:, None] * output.amax(dim=1)
+    best = q_network.mean(q_network(batch.next_obs)).argmax(dim=1)
+    output = output.take_along_dim(best[:, None, None], dim=1)[:, 0]
+    atoms = batch.rewards[:, None] + batch.discounts[:, None] * q_network.support
+    return project(output.softmax(dim=1), atoms, q_network.support)
+
+
+def project(probabilities: Tensor, atoms: Tensor, support: Tensor) -> Tensor:
+    """Share the probabilities of `atoms`, both (batch, j), among the neighbours in the support (i,): C51's eq. 7."""
+    low, high = support[0], support[-1]
+    count = len(support)
+    position = (atoms.clamp(low, high) - low) / (high - low) * (count - 1)  # in atoms, from 0 to count - 1
+    distance = (position[:, None, :] - torch.arange(count, device=support.device)[:, None]).abs()  # (batch, i, j)
+    return ((1 - distance).clamp(min=0) * probabilities[:, None, :]).sum(dim=2)
+
+
+def offline_loss(q_network: OfflineNetwork, batch: Batch, targets: Tensor, args: Args) -> tuple[Tensor, ...]:
+    """The TD loss, the CQL term, the DR3 term and Q(s_j, a_j), all (batch,)."""
+    features = q_network.features(batch.obs)
+    output = q_network.output(features)  # (batch, actions, atoms)
+    taken = output.take_along_dim(batch.actions[:, None, None], dim=1)[:, 0]  # (batch, atoms)
+    q_values = q_network.mean(taken)
+    if args.algorithm == "cql-c51":
+        td_losses = nn.functional.cross_entropy(taken, targets, reduction="none")
+    elif args.algorithm == "cql-dr3":
+        td_losses = nn.functional.huber_loss(q_values, targets[:, 0], reduction="none")
+    else:
+        td_losses = (targets[:, 0] - q_values) ** 2
+    cql = q_network.mean(output).logsumexp(dim=1) - q_values  # Kumar et al., 2020, eq. 4: CQL(H)
+    next_features = q_network.features(batch.next_obs) if args.dr3_coefficient else torch.zeros_like(features)
+    dr3 = (features * next_features).sum(dim=1).abs()  # Kumar et al., 2022
+    return td_losses, cql, dr3, q_values
+
+
+def train(args: Args) -> Path:
+    """Train, evaluate, and return the run's folder."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    envs = make_env(args)
+    obs_space = envs.single_observation_space
+    num_actions = int(envs.single_action_space.n)
+
+    q_network = OfflineNetwork(obs_space.shape, num_actions, args)
+    q_network.to(device, memory_format=torch.channels_last)  # faster convolutions
+    target_network = copy.deepcopy(q_network)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
+
+    numbers = find_checkpoints(args)  # of the dataset
+    loaded = {}  # a replay for each that is in memory
+    drawn = []  # those that this iteration learns from
+    global_step = 0  # agent steps so far
+    last_return = math.nan  # of the last evaluation
+    updates = []  # loss and gradient norm of each, for the diagnostics
+
+    folder = make_run_folder(args, device)
+    checkpoint = folder / "checkpoint.pt"
+    parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
+    if checkpoint.exists():
+        state = load_checkpoint(checkpoint, args)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        set_random_states(rng, state["random"])
+        global_step = state["global_step"]
+        drawn = state["drawn"]
+        updates = state["updates"]
+    saved_step = global_step
+
+    def save_checkpoint():
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state["random"] = random_states(rng)
+        state["args"] = asdict(args)
+        state["global_step"] = global_step
+        state["drawn"] = drawn
+        state["updates"] = updates
+        writer.flush()
+        save(checkpoint, state)
+
+    writer = make_writer(folder, args, global_step)
+    print(f"run folder: {folder} ({device})", flush=True)
+    bar = make_bar(args, global_step)
+    logged_step = global_step
+    logged_at = time.monotonic()
+
+    while True:
+        # ---- evaluate
+        finished = global_step == args.total_timesteps
+        begins = global_step % args.iteration_steps == 0
+        if finished or (begins and global_step > 0):
+            last_return = evaluate_steps(args, envs, q_network, global_step, device, folder, writer)
+        if finished or STOPPED_BY:
+            break
+
+        # ---- load checkpoints of the dataset
+        if begins:
+            drawn = rng.choice(numbers, args.num_checkpoints, replace=False).tolist()
+        load(drawn, loaded, obs_space, num_actions, args, device, rng)
+        global_step += args.train_frequency  # as if it had played them
+
+        # ---- learn
+        replay = loaded[drawn[rng.integers(len(drawn))]]
+        batch = replay.sample(args.batch_size)
+        targets = offline_target(q_network, target_network, batch)
+        td_losses, cql, dr3, q_values = offline_loss(q_network, batch, targets, args)
+        loss = (td_losses + args.cql_alpha * cql + args.dr3_coefficient * dr3).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        check_finite(loss, global_step, checkpoint)
+        if args.diagnostics_frequency:
+            gradient_norm = nn.utils.get_total_norm([p.grad for p in q_network.parameters()])
+            updates.append([loss.item(), gradient_norm.item()])
+        if global_step % args.target_network_frequency == 0:
+            target_network.load_state_dict(q_network.state_dict())
+
+        # ---- log
+        bar.update(args.train_frequency)
+        if global_step % 1_000 < args.train_frequency:
+            bar.set_postfix_str(f"return {last_return:.1f}", refresh=False)
+            writer.add_scalar("losses/td_loss", td_losses.mean(), global_step)
+            writer.add_scalar("losses/cql", cql.mean(), global_step)
+            writer.add_scalar("losses/dr3", dr3.mean(), global_step)
+            writer.add_scalar("losses/q_values", q_values.mean(), global_step)
+            writer.add_scalar("charts/SPS", (global_step - logged_step) / (time.monotonic() - logged_at), global_step)
+            logged_step = global_step
+            logged_at = time.monotonic()
+        if updates and global_step % args.diagnostics_frequency == 0:
+            for tag, value in diagnose(q_network, replay.probe(), updates).items():
+                writer.add_scalar(tag, value, global_step)
+            updates = []
+
+        # ---- checkpoint
+        last = global_step == args.total_timesteps
+        if args.checkpoint_frequency and (last or global_step % args.checkpoint_frequency == 0):
+            save_checkpoint()
+            saved_step = global_step
+
+    if STOPPED_BY and args.checkpoint_frequency and saved_step != global_step:
+        print("stopping: writing a checkpoint")
+        save_checkpoint()
+    bar.close()
+    writer.close()
+    finish(folder, global_step)
+    return folder
+
+
+# ========================= from here on the same text in every agent =========================
+# ---- flags
+def fail(message: str):
+    """Answer wrong input: one sentence on stderr, exit status 2."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_flags(args: Args, **ranges: tuple[float, float]):
+    """Refuse numbers out of range: counts from 1 (0 where that means none), shares from 0 to 1."""
+    may_be_zero = {"seed", "noop_max", "exploration_steps", "eval_episodes", "eval_frequency", "eval_steps"}
+    may_be_zero |= {"checkpoint_frequency", "diagnostics_frequency"}
+    for name, value in vars(args).items():
+        least = 0 if name in may_be_zero else 1
+        usual = {int: (least, 2**31 - 1), float: (0, 1)}
+        if type(value) in usual:
+            low, high = ranges.get(name, usual[type(value)])
+            if not low <= value <= high:  # NaN is in no range
+                fail(f"--{name.replace('_', '-')} is {value}: it must be from {low} to {high}.")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track needs wandb: pip install wandb")
+
+
+# ---- environment
+def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
+    """Make a vector of one game: observations (1, 4, 84, 84) uint8 on ALE, (1, 10, 10, channels) bool on MinAtar.
+
+    Rewards are the game's own. A stack has zeros before the first frame.
+    """
+    if not args.env_id.startswith(("ALE/", "MinAtar/")):
+        fail(f"--env-id is {args.env_id}: it must be ALE/<Game>-v5 or MinAtar/<Game>-v1.")
+    try:
+        if args.env_id.startswith("MinAtar/"):
+            import minatar.gym  # takes a second
+
+            if args.env_id not in gym.registry:
+                minatar.gym.register_envs()
+            return gym.make_vec(args.env_id, 1, "sync", max_episode_steps=args.max_episode_steps)
+
+        # ale-py's own vector: gray, 84 x 84, the brighter of a skip's last two frames
+        gym.register_envs(ale_py)
+        settings = {
+            "frameskip": args.frame_skip,
+            "stack_num": 4,
+            "noop_max": args.noop_max,
+            "repeat_action_probability": args.sticky_actions,
+            "max_num_frames_per_episode": min(args.frame_skip * args.max_episode_steps, 2**31 - 1),
+            "use_fire_reset": False,
+            "reward_clipping": False,
+        }
+        settings.update(overrides)
+        return gym.make_vec(args.env_id, 1, "vector_entry_point", **settings)
+    except (gym.error.Error, OSError, AssertionError, RuntimeError) as error:
+        fail(f"--env-id is {args.env_id}: {error}")
+
+
+def reset(envs, seed: int, stream: int, episode: int) -> np.ndarray:
+    """Start the game that the numbers determine."""
+    sequence = np.random.SeedSequence([seed, 1 + stream, episode])
+    emulator_seed = int(sequence.generate_state(1)[0] >> 1)  # an int32
+    if isinstance(envs, gym.vector.SyncVectorEnv):
+        envs.envs[0].unwrapped.game.last_action = 0  # or its sticky action outlives a game
+    obs, _ = envs.reset(seed=emulator_seed)
+    return obs
+
+
+# ---- replay
+PARSER = threading.Lock()  # Python 3.11's parser, by which NumPy reads a header, fails in threads (gh-106905)
 
 
 @contextmanager
 def dataset_file(path: Path, whole: bool = True):
-    """Open a gzipped file, and check its end if all of it was read. Raises DatasetError for what is wrong with it."""
+    """Open a gzipped file; what is wrong with it is told in a sentence. A `whole` file's checksum comes last."""
     try:
         with gzip.open(path) as file:
             yield file
-            while whole and file.read(2**20):  # the checksum comes last
+            while whole and file.read(2**20):
                 pass
-    except DatasetError:
-        raise
     except Exception as error:  # there are a dozen ways to be damaged
         reason = getattr(error, "strerror", None) or "it is truncated, damaged or no gzipped NumPy array"
-        raise DatasetError(f"{path} cannot be read: {reason}.") from None
+        fail(f"{path} cannot be read: {reason}.")
 
 
 def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
@@ -260,366 +422,419 @@ def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def read_array(file) -> np.ndarray:
-    """Read an array file of numbers."""
-    shape, dtype = read_header(file)
-    return np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+def read_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Read an array of this type and shape."""
+    with dataset_file(path) as file:
+        found = read_header(file)
+        if found != (shape, np.dtype(dtype)):
+            fail(f"{path} is {found[1]} of shape {found[0]}, not {dtype} of shape {shape}.")
+        data = file.read(math.prod(shape) * np.dtype(dtype).itemsize)
+        return np.frombuffer(data, dtype).reshape(shape)
 
 
-def episode_ages(blank: np.ndarray, dones: np.ndarray) -> np.ndarray:
+def checkpoint_paths(args: Args, number: int) -> dict[str, Path]:
+    """Return the files of a checkpoint that are read; invalid_range concerns the replay that wrote them."""
+    folder = Path(args.dataset_dir)
+    names = ["observation", "action", "reward", "terminal"]
+    paths = {name: folder / f"$store$_{name}_ckpt.{number}.gz" for name in names}
+    paths["add_count"] = folder / f"add_count_ckpt.{number}.gz"
+    return paths
+
+
+def count_rows(paths: dict[str, Path]) -> tuple[int, int]:
+    """Return how many rows of a checkpoint are data, and how many there are with older ones."""
+    with dataset_file(paths["action"], whole=False) as file:
+        (total,), _ = read_header(file)
+    add_count = int(read_array(paths["add_count"], "int64", ()))
+    if total == 0 or add_count < 0:
+        fail(f"{paths['add_count']} is no number of rows, or {paths['action'].name} has none.")
+    return add_count % total, total
+
+
+def find_checkpoints(args: Args) -> list[int]:
+    """Return the numbers of the dataset's checkpoints; there may be gaps, and some may be too short."""
+    numbers = []
+    for path in Path(args.dataset_dir).glob("*"):
+        name = re.fullmatch(r"\$store\$_observation_ckpt\.(\d+)\.gz", path.name)
+        if not name:
+            continue
+        number = int(name[1])
+        filled, _ = count_rows(checkpoint_paths(args, number))
+        if filled >= args.n_step + 4:
+            numbers.append(number)
+        else:
+            print(f"warning: checkpoint {number} of {args.dataset_dir} has {filled} rows of data, and is left out")
+    if len(numbers) < args.num_checkpoints:
+        found = (
+            f"{args.dataset_dir} has {len(numbers)} checkpoints with data ($store$_observation_ckpt.N.gz and others)"
+        )
+        fail(f"{found}, and --num-checkpoints is {args.num_checkpoints}.")
+    return sorted(numbers)
+
+
+def load(numbers: list[int], loaded: dict, obs_space, num_actions: int, args: Args, device, rng):
+    """Load the checkpoints that are not in `loaded`; others stay there while there is memory."""
+    new = [number for number in numbers if number not in loaded]
+    if not new:
+        return
+    largest = max((len(replay.packed) + 64 * replay.buffer_size for replay in loaded.values()), default=0)
+    if 1.5 * largest * len(new) > psutil.virtual_memory().available:
+        for number in loaded.keys() - set(numbers):
+            del loaded[number]
+
+    def read(number: int) -> DatasetReplay:
+        return DatasetReplay(checkpoint_paths(args, number), obs_space, num_actions, args, device, rng)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib lets other threads run
+        loaded.update(zip(new, pool.map(read, new), strict=True))
+
+
+def places_in_episodes(blank: np.ndarray, terminations: np.ndarray) -> np.ndarray:
     """Return of every row (rows,) the steps since its episode began, or since the file did; of padding -1.
 
-    `blank` rows are all zeros. After a termination the first three of a run of them are padding, at the file's start so
-    are two or three. Elsewhere three or more are, which follow a truncation, and any at the file's end. (A black screen
-    may be taken for padding, never padding for a black screen.)
+    `blank` rows are all zeros. The first three of a run of them after a termination are padding, at the file's start
+    two or three. Elsewhere three or more are, after a truncation, and any at the file's end. (A black screen may be
+    taken for padding, never padding for a black screen.)
     """
     padding = np.zeros(len(blank), bool)
     for first, end in np.flatnonzero(np.diff(blank, prepend=False, append=False)).reshape(-1, 2):
-        begins = dones[first - 1] if first else end > 1
-        padding[first : min(end, first + 3) if begins else end] = begins or end - first >= 3 or end == len(blank)
-    begins = ~padding & np.insert((padding | dones)[:-1], 0, True)
+        begins = terminations[first - 1] if first else end > 1
+        if begins:
+            padding[first : min(end, first + 3)] = True
+        elif end - first >= 3 or end == len(blank):
+            padding[first:end] = True
+    begins = ~padding & np.insert((padding | terminations)[:-1], 0, True)
     rows = np.arange(len(blank))
-    return np.where(padding, -1, rows - np.maximum.accumulate(np.where(begins, rows, 0)))
+    begun = np.maximum.accumulate(np.where(begins, rows, 0))
+    return np.where(padding, -1, rows - begun)
 
 
 class DatasetReplay(BaseBuffer):
     """A checkpoint of the dataset: each frame once and compressed by itself; stacks and returns are built in sampling.
 
-    A row holds s_t's newest frame, a_t, r_t and whether s_{t+1} is terminal; s_{t+1}'s newest frame is in the next row.
-    Padding is left out. A row is sampled if its frames and its n steps, or fewer to a termination, are all in the file.
-    Raises DatasetError.
+    A row holds the newest frame of s_t, a_t, r_t and whether s_{t+1} is terminal; the frame of s_{t+1} is in the next
+    row. Padding is left out. A row is ready if its frames and its n steps, or fewer to a termination, are in the file.
     """
 
-    def __init__(self, folder: Path, number: int, envs: gym.vector.VectorEnv, args: Args, device):
-        space, num_actions = envs.single_observation_space, int(envs.single_action_space.n)
-        self.stack, self.n_step, self.gamma = 1 if space.dtype == bool else space.shape[0], args.n_step, args.gamma
-        self.frame, self.dtype = space.shape if self.stack == 1 else space.shape[1:], space.dtype  # MinAtar: no stack
-        self.paths, (filled, total) = checkpoint_files(folder, number), checkpoint_rows(folder, number)
+    def __init__(self, paths: dict[str, Path], obs_space, num_actions: int, args: Args, device, rng):
+        self.paths = paths
+        self.stack = 4 if args.env_id.startswith("ALE/") else 1  # MinAtar's channels are one frame
+        self.frame_shape = obs_space.shape[1:] if self.stack == 4 else obs_space.shape
+        self.dtype = obs_space.dtype
+        self.n_step = args.n_step
+        self.gamma = args.gamma
+        self.rng = rng
+
+        filled, total = count_rows(paths)
         used = min(filled, round(args.data_fraction * total))
-        arrays = {"action": "int32", "reward": "float32", "terminal": "uint8"}
-        actions, rewards, dones = [self.read(name, dtype, total)[:used] for name, dtype in arrays.items()]
-        dones = dones > 0
-        empty = self.read_frames(used, total, used == filled, (actions == 0) & (rewards == 0) & ~dones)
-        age = episode_ages(empty, dones)
-        kept = age >= 0
-        self.actions, self.rewards, self.dones, self.age = actions[kept], rewards[kept], dones[kept], age[kept]
-        self.starts, self.ends, rows = self.starts[kept], self.ends[kept], np.arange(kept.sum())
-        begins = self.age == 0
-        lasts = np.append(np.flatnonzero(begins)[1:], len(rows))[begins.cumsum() - 1] - 1  # (rows,) of their episodes
-        usable = self.dones[lasts] | (rows + self.n_step <= lasts)
-        if 0 in age[:1]:  # the file begins in the middle of an episode: frames of the first stacks are in another
-            usable[: min(self.stack - 1, lasts[0] + 1)] = False
-        self.usable = np.flatnonzero(usable)
-        if not len(self.usable):
-            raise DatasetError(f"{self.paths['observation']} has no usable transition in its first {used:,} rows.")
-        if not 0 <= self.actions.min() <= self.actions.max() < num_actions:
-            found = f"has actions from {self.actions.min()} to {self.actions.max()}"
-            raise DatasetError(f"{self.paths['action']} {found}, and {args.env_id} has 0 to {num_actions - 1}.")
-        if not np.isfinite(self.rewards).all():
-            raise DatasetError(f"{self.paths['reward']} has a reward that is not finite.")
-        if np.abs(self.rewards).max() > 1:
-            warn(f"{self.paths['reward']} has rewards beyond -1 and 1, and they are clipped")
-            self.rewards = self.rewards.clip(-1, 1)
-        super().__init__(len(rows), space, envs.single_action_space, device)
+        actions = read_array(paths["action"], "int32", (total,))[:used]
+        rewards = read_array(paths["reward"], "float32", (total,))[:used]
+        terminations = read_array(paths["terminal"], "uint8", (total,))[:used] > 0
+        self.check(actions, rewards, num_actions, args)
+        may_be_blank = (actions == 0) & (rewards == 0) & ~terminations
+        blank = may_be_blank & self.read_frames(used, total, whole=used == filled)
+        places = places_in_episodes(blank, terminations)
 
-    def read(self, name: str, dtype: str, total: int) -> np.ndarray:
-        """Read an array of one number a row, (total,)."""
-        with dataset_file(self.paths[name]) as file:
-            array = read_array(file)
-        if array.dtype != dtype or array.shape != (total,):
-            found = f"{array.dtype} of shape {array.shape}"
-            raise DatasetError(f"{self.paths[name]} is {found}, not {dtype} of shape {(total,)}.")
-        return array
+        kept = places >= 0
+        self.actions = actions[kept]
+        self.rewards = rewards[kept].clip(-1, 1)
+        self.terminations = terminations[kept]
+        self.places = places[kept]
+        self.starts = self.starts[kept]
+        self.ends = self.ends[kept]
+        super().__init__(len(self.places), obs_space, gym.spaces.Discrete(num_actions), device)
+        self.ready = self.find_ready(midway=places[0] == 0)
+        if len(self.ready) == 0:
+            fail(f"{paths['observation']} has no usable transition in its first {used:,} rows.")
 
-    def read_frames(self, used: int, total: int, whole: bool, candidates: np.ndarray) -> np.ndarray:
-        """Compress the first `used` frames as they are read; return which of the candidates (used,) are all zeros.
+    def check(self, actions: np.ndarray, rewards: np.ndarray, num_actions: int, args: Args):
+        """Refuse numbers that are no actions or rewards of the game."""
+        if not 0 <= actions.min(initial=0) <= actions.max(initial=0) < num_actions:
+            found = f"has actions from {actions.min()} to {actions.max()}"
+            fail(f"{self.paths['action']} {found}, and {args.env_id} has 0 to {num_actions - 1}.")
+        if not np.isfinite(rewards).all():
+            fail(f"{self.paths['reward']} has a reward that is not finite.")
+        if np.abs(rewards).max(initial=0) > 1:
+            tqdm.write(f"warning: {self.paths['reward']} has rewards beyond -1 and 1, and they are clipped")
+
+    def read_frames(self, used: int, total: int, whole: bool) -> np.ndarray:
+        """Compress the first `used` frames as they are read; return which of them are all zeros.
 
         Frame i is deflated, with the first that is not blank as dictionary, to the bytes from starts[i] to ends[i].
         """
-        path, blank, empty = self.paths["observation"], bytes(math.prod(self.frame)), candidates.copy()
-        self.starts, self.ends = np.zeros((2, used), np.int64)
-        self.packed, self.dictionary = bytearray(), b""
+        path = self.paths["observation"]
+        nothing = bytes(math.prod(self.frame_shape))
+        blank = np.zeros(used, bool)
+        self.starts = np.zeros(used, np.int64)
+        self.ends = np.zeros(used, np.int64)
+        self.packed = bytearray()
+        self.dictionary = b""
         with dataset_file(path, whole) as file:
-            shape, dtype = read_header(file)
-            if dtype != np.uint8 or shape != (total, *self.frame):
-                raise DatasetError(f"{path} is {dtype} of shape {shape}, not uint8 of shape {(total, *self.frame)}.")
+            found = read_header(file)
+            if found != ((total, *self.frame_shape), np.uint8):
+                expected = (total, *self.frame_shape)
+                fail(f"{path} is {found[1]} of shape {found[0]}, not uint8 of shape {expected}.")
             for row in range(used):
                 if row % 10_000 == 0 and psutil.virtual_memory().percent > 95:
-                    raise DatasetError(f"{path} does not fit in memory: lower --num-checkpoints or --data-fraction.")
-                frame = file.read(len(blank))
-                if len(frame) < len(blank):
+                    fail(f"{path} does not fit in memory: lower --num-checkpoints or --data-fraction.")
+                frame = file.read(len(nothing))
+                if len(frame) < len(nothing):
                     raise EOFError
-                empty[row] &= frame == blank
-                self.dictionary = self.dictionary or (b"" if frame == blank else frame)
+                blank[row] = frame == nothing
+                if not self.dictionary and not blank[row]:
+                    self.dictionary = frame
                 deflate = zlib.compressobj(1, wbits=-15, zdict=self.dictionary)
                 self.starts[row] = len(self.packed)
                 self.packed += deflate.compress(frame) + deflate.flush()
                 self.ends[row] = len(self.packed)
-        return empty
+        return blank
+
+    def find_ready(self, midway: bool) -> np.ndarray:
+        """Return the rows that may be sampled; `midway`: the file begins in the middle of an episode."""
+        rows = np.arange(self.buffer_size)
+        begins = self.places == 0
+        last_rows = np.append(np.flatnonzero(begins)[1:], len(rows)) - 1  # of the episodes
+        lasts = last_rows[begins.cumsum() - 1]  # (rows,)
+        ready = self.terminations[lasts] | (rows + self.n_step <= lasts)
+        if midway:  # frames of the first stacks are in another file
+            ready[: min(self.stack - 1, lasts[0] + 1)] = False
+        return np.flatnonzero(ready)
 
     def frames(self, rows: np.ndarray) -> np.ndarray:
         """Return the frames of `rows` (...,), each decompressed once."""
-        needed, places = np.unique(rows, return_inverse=True)
-        found = np.empty((len(needed), math.prod(self.frame)), np.uint8)
+        needed, positions = np.unique(rows, return_inverse=True)
+        found = np.empty((len(needed), math.prod(self.frame_shape)), np.uint8)
         packed = memoryview(self.packed)
-        for i, (start, end) in enumerate(zip(self.starts[needed].tolist(), self.ends[needed].tolist(), strict=True)):
+        for i, row in enumerate(needed):
             inflate = zlib.decompressobj(-15, zdict=self.dictionary)
-            found[i] = np.frombuffer(inflate.decompress(packed[start:end]), np.uint8)
-        return found.view(self.dtype)[places].reshape(*rows.shape, *self.frame)
+            found[i] = np.frombuffer(inflate.decompress(packed[self.starts[row] : self.ends[row]]), np.uint8)
+        return found.view(self.dtype)[positions].reshape(*rows.shape, *self.frame_shape)
 
-    def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
+    def sample(self, batch_size: int) -> Batch:
         """Draw transitions uniformly, with replacement."""
-        return self._get_samples(self.usable[rng.integers(len(self.usable), size=batch_size)])
+        rows = self.ready[self.rng.integers(len(self.ready), size=batch_size)]
+        return self._get_samples(rows)
 
     def _get_samples(self, rows: np.ndarray) -> Batch:
-        window = np.minimum(rows[:, None] + np.arange(self.n_step), self.buffer_size - 1)  # (batch, n)
-        alive = np.cumprod(np.insert(~self.dones[window], 0, True, axis=1), axis=1)  # (batch, n + 1), before each step
-        rewards = (self.rewards[window] * alive[:, :-1] * self.gamma ** np.arange(self.n_step)).sum(axis=1)
-        ages = np.stack([self.age[rows], np.where(alive[:, -1], self.age[rows] + self.n_step, -1)])  # (2, batch)
-        obs, next_obs = [self.to_torch(x, False) for x in self._get_stacks(np.stack([rows, rows + self.n_step]), ages)]
-        floats = [self.to_torch(x).float() for x in (rewards, self.gamma**self.n_step * alive[:, -1])]
-        actions, weights = self.to_torch(self.actions[rows]).long(), torch.ones(len(rows), device=self.device)
-        return Batch(obs, actions, next_obs, *floats, weights, rows)
+        """Build the transitions that start at `rows` (batch,)."""
+        steps = np.arange(self.n_step)
+        window = np.minimum(rows[:, None] + steps, self.buffer_size - 1)  # (batch, n)
+        alive = np.cumprod(~self.terminations[window], axis=1)  # 1 up to the termination
+        counted = np.insert(alive[:, :-1], 0, 1, axis=1)  # its own reward is the last
+        rewards = (self.rewards[window] * counted * self.gamma**steps).sum(axis=1)
+        discounts = self.gamma**self.n_step * alive[:, -1]
+        next_places = np.where(alive[:, -1], self.places[rows] + self.n_step, -1)
+        return Batch(
+            self.stacks(rows, self.places[rows]),
+            self.to_torch(self.actions[rows]).long(),
+            self.to_torch(rewards).float(),
+            self.stacks(rows + self.n_step, next_places),
+            self.to_torch(discounts).float(),
+            rows,
+        )
 
-    def _get_stacks(self, rows: np.ndarray, ages: np.ndarray) -> np.ndarray:
-        """Gather the observations at `rows` (k, batch), with zeros for the frames that are older than the episode."""
+    def stacks(self, rows: np.ndarray, places: np.ndarray) -> Tensor:
+        """Gather the observations at `rows` (batch,), with zeros for frames older than the episode."""
         back = np.arange(self.stack)[::-1]  # oldest first
-        frames = self.frames((rows[:, :, None] - back).clip(0, self.buffer_size - 1))  # (k, batch, stack, ...)
-        frames[back > ages[:, :, None]] = 0
-        return frames.reshape(*rows.shape, -1, *self.frame[-2:])
+        frames = self.frames((rows[:, None] - back).clip(0, self.buffer_size - 1))
+        frames[back > places[:, None]] = 0
+        return self.to_torch(frames if self.stack == 4 else frames[:, 0], copy=False)
 
-    def probe(self, rng: np.random.Generator) -> torch.Tensor:
-        """Draw 256 observations, with replacement."""
-        rows = rng.choice(self.usable, (1, 256))
-        return self.to_torch(self._get_stacks(rows, self.age[rows])[0], False)
-
-
-@functools.cache
-def warn(message: str) -> None:
-    """Say something once."""
-    tqdm.write(f"warning: {message}")
+    def probe(self) -> Tensor:
+        """Draw 256 observations, by a generator of their own."""
+        rows = np.random.default_rng(self.buffer_size).choice(self.ready, 256)
+        return self.stacks(rows, self.places[rows])
 
 
-def checkpoint_files(folder: Path, number: int) -> dict[str, Path]:
-    """Return the files of a checkpoint that are read; invalid_range concerns the replay that wrote them."""
-    names = ("observation", "action", "reward", "terminal")
-    files = {name: folder / f"$store$_{name}_ckpt.{number}.gz" for name in names}
-    return files | {"add_count": folder / f"add_count_ckpt.{number}.gz"}
+# ---- network
+class Pixels(nn.Module):
+    """From bytes to shares of 255, from MinAtar's layout to (batch, channels, 10, 10)."""
+
+    def forward(self, obs: Tensor) -> Tensor:
+        if obs.dtype == torch.bool:
+            return obs.movedim(3, 1).float()
+        return obs / 255 if obs.dtype == torch.uint8 else obs
 
 
-def checkpoint_rows(folder: Path, number: int) -> tuple[int, int]:
-    """Return how many rows of a checkpoint are data, and how many there are with older ones. Raises DatasetError."""
-    files = checkpoint_files(folder, number)
-    with dataset_file(files["action"], whole=False) as file:
-        shape, _ = read_header(file)
-    with dataset_file(files["add_count"]) as file:
-        add_count = read_array(file)
-    if add_count.shape or add_count.dtype.kind not in "iu" or add_count < 0 or not (len(shape) == 1 and shape[0] > 0):
-        raise DatasetError(f"{files['add_count']} is no number of rows, or {files['action'].name} has none.")
-    return int(add_count) % shape[0], shape[0]
-
-
-def find_checkpoints(args: Args) -> list[int]:
-    """Return the numbers of the dataset's checkpoints that have n steps; there may be gaps. Raises DatasetError."""
-    folder, numbers = Path(args.dataset_dir), []
-    names = [re.fullmatch(r"\$store\$_observation_ckpt\.(\d+)\.gz", path.name) for path in folder.glob("*")]
-    for number in sorted(int(name[1]) for name in names if name):
-        for path in checkpoint_files(folder, number).values():
-            if not path.exists():
-                raise DatasetError(f"{path} is missing, and checkpoint {number} is of no use without it.")
-        filled, _ = checkpoint_rows(folder, number)
-        if filled >= args.n_step + 4:
-            numbers.append(number)
-        else:
-            warn(f"checkpoint {number} of {folder} has {filled} rows of data, and is left out")
-    if len(numbers) < args.num_checkpoints:
-        found = f"{folder} has {len(numbers)} checkpoints with data ($store$_observation_ckpt.N.gz and four more files)"
-        raise DatasetError(f"{found}, and --num-checkpoints is {args.num_checkpoints}.")
-    return numbers
-
-
-def load(numbers: list[int], loaded: dict[int, DatasetReplay], envs, args: Args, device) -> None:
-    """Load the checkpoints that are not in `loaded`; others stay there while there is memory. Raises DatasetError."""
-    new = [number for number in numbers if number not in loaded]
-    largest = max((len(replay.packed) + 64 * len(replay.age) for replay in loaded.values()), default=0)
-    if 1.5 * largest * len(new) > psutil.virtual_memory().available:
-        for number in loaded.keys() - set(numbers):
-            del loaded[number]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # zlib lets other threads run
-        made = pool.map(lambda number: DatasetReplay(Path(args.dataset_dir), number, envs, args, device), new)
-        loaded.update(zip(new, made, strict=True))
-
-
-# -------------------------------------------------------------------------------------------------------------- network
 class Residual(nn.Sequential):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
 
 def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequential, int, int]:
-    """Return the convolutions, the length of their flattened output, and the width of the dense layer on top."""
-    inputs, layers, width = obs_shape[0], [], 512
-    if obs_shape[1:] == (10, 10):  # MinAtar: Young and Tian, 2019
-        layers, width = [nn.Conv2d(inputs, 16, 3)], 128
+    """Return the convolutions, the length of their output, and the width of the next layer."""
+    width = 512
+    if obs_shape[:2] == (10, 10):  # MinAtar: Young and Tian, 2019
+        layers = [nn.Conv2d(obs_shape[2], 16, 3)]
+        width = 128
     elif network == "impala":  # Espeholt et al., 2018, figure 3: 84 -> 42 -> 21 -> 11
+        layers, inputs = [], 4
         for channels, padding in [(16, 0), (32, 0), (32, 1)]:  # as SAME pads 84, 42 and 21
-            layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.MaxPool2d(3, 2, padding, ceil_mode=True)]
-            convs = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(4)]
-            layers += [Residual(nn.ReLU(), convs[i], nn.ReLU(), convs[i + 1]) for i in (0, 2)]
+            layers.append(nn.Conv2d(inputs, channels, 3, padding=1))
+            layers.append(nn.MaxPool2d(3, 2, padding, ceil_mode=True))
+            for _ in range(2):
+                first = nn.Conv2d(channels, channels, 3, padding=1)
+                second = nn.Conv2d(channels, channels, 3, padding=1)
+                layers.append(Residual(nn.ReLU(), first, nn.ReLU(), second))
             inputs = channels
-    else:
-        same, wide = network != "nature", 4 if network == "dopamine-x4" else 1  # 84 -> 21 -> 11 -> 11 or 20 -> 9 -> 7
-        layers = [nn.Conv2d(inputs, 32 * wide, 8, 4, padding=2 * same), nn.ReLU()]
-        layers += [nn.ZeroPad2d((1, 2, 1, 2) if same else 0), nn.Conv2d(32 * wide, 64 * wide, 4, 2), nn.ReLU()]
-        layers += [nn.Conv2d(64 * wide, 64 * wide, 3, padding=1 * same)]
-    convolutions = nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
-    return convolutions, convolutions(torch.zeros(1, *obs_shape)).shape[1], width
+    elif network == "nature":  # 84 -> 20 -> 9 -> 7
+        layers = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3)]
+    else:  # SAME padding: 84 -> 21 -> 11 -> 11
+        wide = 4 if network == "dopamine-x4" else 1
+        first = nn.Conv2d(4, 32 * wide, 8, 4, padding=2)
+        second = nn.Conv2d(32 * wide, 64 * wide, 4, 2)
+        third = nn.Conv2d(64 * wide, 64 * wide, 3, padding=1)
+        layers = [first, nn.ReLU(), nn.ZeroPad2d((1, 2, 1, 2)), second, nn.ReLU(), third]
+    convolutions = nn.Sequential(Pixels(), *layers, nn.ReLU(), nn.Flatten())
+    obs = torch.zeros(1, *obs_shape, dtype=torch.bool if width == 128 else torch.uint8)
+    return convolutions, convolutions(obs).shape[1], width
 
 
-class OfflineNetwork(nn.Module):  # output (batch, actions, atoms): logits, or one atom that is Q
-    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args):
-        super().__init__()
-        distributional = args.algorithm == "cql-c51"
-        self.convolutions, size, width = make_convolutions(obs_shape, args.network)
-        self.atoms = args.n_atoms if distributional else 1
-        self.dense = nn.Sequential(nn.Linear(size, width), nn.ReLU())
-        self.head = nn.Linear(width, num_actions * self.atoms)
-        self.value = nn.Linear(width, self.atoms) if distributional else None  # dueling
-        self.register_buffer("support", torch.linspace(args.v_min, args.v_max, self.atoms), persistent=False)
-        generator = torch.Generator().manual_seed(args.seed)
-        for layer in [module for module in self.modules() if isinstance(module, nn.Conv2d | nn.Linear)]:
-            nn.init.xavier_uniform_(layer.weight, generator=generator)
-            nn.init.zeros_(layer.bias)
-
-    def features(self, obs: torch.Tensor) -> torch.Tensor:
-        x = obs / 255 if obs.dtype == torch.uint8 else obs.float()  # MinAtar's are 0 and 1
-        return self.dense(self.convolutions(x))  # (batch, width)
-
-    def output(self, features: torch.Tensor) -> torch.Tensor:
-        advantage = self.head(features).unflatten(1, (-1, self.atoms))
-        if self.value is None:
-            return advantage
-        return self.value(features)[:, None] + advantage - advantage.mean(dim=1, keepdim=True)  # Wang et al., eq. 9
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.output(self.features(obs))
-
-    def mean(self, output: torch.Tensor) -> torch.Tensor:
-        """Return the mean of each distribution, (...,) of logits (..., atoms)."""
-        return output.softmax(dim=-1) @ self.support if self.atoms > 1 else output[..., 0]
-
-    def q_values(self, obs: torch.Tensor, _rng: np.random.Generator) -> torch.Tensor:
-        return self.mean(self(obs))  # (batch, actions); other agents' networks draw noise or quantiles here
-
-
-# -------------------------------------------------------------------------------------------- act, the target, the loss
-def act(q_network: nn.Module, obs: np.ndarray, epsilon: float, num_actions: int, rng: np.random.Generator, device):
-    """Choose an action epsilon-greedily: an array of shape (1,)."""
-    if rng.random() < epsilon:
-        return rng.integers(num_actions, size=1)
-    with torch.inference_mode():
-        return q_network.q_values(torch.from_numpy(obs).to(device), rng).argmax(dim=1).cpu().numpy()
-
-
-def offline_loss(q_network: nn.Module, batch: Batch, targets: torch.Tensor, args: Args) -> tuple[torch.Tensor, ...]:
-    """Return of every transition the TD loss, the CQL term, the DR3 term and Q of its action, all (batch,)."""
-    features = q_network.features(batch.obs)
-    output = q_network.output(features)  # (batch, actions, atoms)
-    taken = output.take_along_dim(batch.actions[:, None, None], 1)[:, 0]  # (batch, atoms)
-    q_values = q_network.mean(taken)
-    if args.algorithm == "cql-c51":
-        td = nn.functional.cross_entropy(taken, targets, reduction="none")
-    elif args.algorithm == "cql-dr3":
-        td = nn.functional.huber_loss(q_values, targets[:, 0], reduction="none")
-    else:
-        td = (targets[:, 0] - q_values) ** 2
-    cql = q_network.mean(output).logsumexp(dim=1) - q_values  # Kumar et al., 2020, eq. 4: CQL(H)
-    next_features = q_network.features(batch.next_obs) if args.dr3_coefficient else torch.zeros_like(features)
-    dr3 = (features * next_features).sum(dim=1).abs()  # Kumar et al., 2022; after a termination s' is zeros, as ever
-    return td, cql, dr3, q_values
-
-
+# ---- diagnostics and evaluation
 @torch.no_grad()
-def offline_target(q_network: nn.Module, target_network: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the distribution of r + gamma Z(s', a*), a* by double Q, or r + gamma max_a Q(s', a), (batch, atoms)."""
-    output = target_network(batch.next_obs)  # (batch, actions, atoms)
-    if output.shape[2] == 1:
-        return batch.rewards[:, None] + batch.discounts[:, None] * output.amax(dim=1)
-    best = q_network.mean(q_network(batch.next_obs)).argmax(dim=1)  # double Q: van Hasselt et al., 2016
-    atoms = batch.rewards[:, None] + batch.discounts[:, None] * q_network.support
-    return project(output.take_along_dim(best[:, None, None], 1)[:, 0].softmax(dim=1), atoms, q_network.support)
+def diagnose(q_network: nn.Module, obs: Tensor, updates: list[list[float]]) -> dict[str, float]:
+    """Measure the updates since the last time and, on a probe, the network; without disturbing the run."""
+    network = copy.deepcopy(q_network).eval()
+    outputs = {}
+    for name, module in network.named_modules():
+        module.register_forward_hook(lambda module, inputs, output, name=name: outputs.update({name: output}))
+    with torch.random.fork_rng([obs.device] if obs.is_cuda else []):
+        network.q_values(obs)
 
-
-def project(probabilities: torch.Tensor, atoms: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-    """Share the probabilities of `atoms`, both (batch, j), among their neighbours in the support (i,): C51's eq. 7."""
-    low, high, count = support[0], support[-1], len(support)
-    position = (atoms.clamp(low, high) - low) / (high - low) * (count - 1)  # in atoms, from 0 to count - 1
-    distance = (position[:, None, :] - torch.arange(count, device=support.device)[:, None]).abs()  # (batch, i, j)
-    return ((1 - distance).clamp(min=0) * probabilities[:, None, :]).sum(dim=2)
-
-
-# ------------------------------------------------------------------------------ diagnostics, evaluation and checkpoints
-@torch.no_grad()
-def diagnose(q_network: nn.Module, obs: torch.Tensor, updates: list, rng: np.random.Generator) -> dict[str, float]:
-    """Measure the `updates` since the last report, (loss, gradient norm), and the network on a probe batch `obs`."""
-    probed, outputs = copy.deepcopy(q_network).eval(), {}
-    for module in [m for m in probed.modules() if type(m) is nn.ReLU or m in (probed.dense, probed.convolutions)]:
-        module.register_forward_hook(lambda module, _, output: outputs.update({module: output}))
-    probed.q_values(obs, rng)
-    losses, gradient_norms = [torch.stack(series) for series in zip(*updates, strict=True)]
-    # srank: Kumar et al., 2021, delta 0.01; dormant neurons or channels: Sokar et al., 2023, definition 3.1, tau 0.025
-    singular = torch.linalg.svdvals(outputs[probed.dense].unflatten(0, (len(obs), -1)).mean(dim=1))  # iqn's over tau
-    layers = [x.movedim(1, 0).flatten(1).abs().mean(dim=1) for module, x in outputs.items() if type(module) is nn.ReLU]
+    dormant = []
+    for name, output in outputs.items():
+        if isinstance(network.get_submodule(name), nn.ReLU):
+            activity = output.movedim(1, 0).flatten(1).abs().mean(dim=1)  # of every unit or channel
+            dormant.append(activity <= 0.025 * activity.mean())
+    features = outputs["dense"].unflatten(0, (len(obs), -1)).mean(dim=1)  # iqn.py has many
+    singular_values = torch.linalg.svdvals(features)
+    below = singular_values.cumsum(0) < 0.99 * singular_values.sum()
+    losses, gradient_norms = np.array(updates).T
     return {
-        "diagnostics/loss_variance": losses.var(correction=0).item(),
-        "diagnostics/gradient_norm": gradient_norms.mean().item(),
-        "diagnostics/representation_norm": outputs[probed.convolutions].norm(dim=1).mean().item(),
-        "diagnostics/srank": 1 + (singular.cumsum(0) < 0.99 * singular.sum()).sum().item(),
-        "diagnostics/dormant_neurons": torch.cat([x <= 0.025 * x.mean() for x in layers]).float().mean().item(),
+        "diagnostics/loss_variance": losses.var(),
+        "diagnostics/gradient_norm": gradient_norms.mean(),
+        "diagnostics/representation_norm": outputs["convolutions"].norm(dim=1).mean(),
+        "diagnostics/srank": 1 + below.sum(),  # Kumar et al., 2021
+        "diagnostics/dormant_neurons": torch.cat(dormant).float().mean(),  # Sokar et al., 2023
     }
 
 
-def evaluate_steps(envs, q_network: nn.Module, args: Args, device, step: int, video: Path) -> np.ndarray | None:
-    """Play games of their own, given the step, for eval_steps or more; return their raw returns, or None if stopped."""
-    rng, player = np.random.default_rng([args.seed, 1 + step]), copy.deepcopy(q_network).eval()
-    returns, first_game, played = [], [], 0
+def evaluate_steps(args: Args, envs, q_network: nn.Module, global_step: int, device, folder: Path, writer) -> float:
+    """Play full games for at least eval_steps, by random numbers of their own; log and return the mean return."""
+    if args.save_model:
+        save(folder / "model.pt", {"args": asdict(args), "weights": q_network.state_dict()})
+    player = copy.deepcopy(q_network).eval()
+    rng = np.random.default_rng([args.seed, global_step])
+    returns = []
+    played = 0
     while played < args.eval_steps:
-        obs, done = reset(envs, args.seed, 1 + step, len(returns)), False
+        obs = reset(envs, args.seed, global_step, len(returns))
         returns.append(0.0)
+        done = False
         while not done:
-            if STOP:
-                return None
+            if STOPPED_BY:
+                return math.nan
             actions = act(player, obs, args.eval_epsilon, envs.single_action_space.n, rng, device)
             obs, rewards, terminations, truncations, _ = envs.step(actions)
-            returns[-1], done, played = returns[-1] + rewards[0], terminations[0] or truncations[0], played + 1
-            first_game += [actions] if len(returns) == 1 else []
-    tqdm.write(f"evaluation at step {step:,}: mean return {np.mean(returns):.2f} of {len(returns)} games")
-    if args.capture_video:
-        film(video, args, 1 + step, first_game)
-    return np.array(returns)
+            returns[-1] += float(rewards[0])
+            played += 1
+            done = terminations[0] or truncations[0]
+    if not returns:
+        return math.nan
+    writer.add_scalar("eval/episodic_return", np.mean(returns), global_step)
+    tqdm.write(f"step {global_step:,}: mean return {np.mean(returns):.2f} of {len(returns)} games")
+    return float(np.mean(returns))
 
 
-def film(path: Path, args: Args, stream: int, game: list[np.ndarray]) -> None:
-    """Play the actions of a game once more, in an emulator that shows itself in colour, and write an MP4."""
-    envs = make_env(args, grayscale=False, stack_num=1, img_height=210, img_width=160)
-    obs, size = reset(envs, args.seed, stream, 0), (320, 420) if "ALE/" in args.env_id else (160, 160)
-    path.parent.mkdir(exist_ok=True)
-    mp4 = importlib.import_module("imageio_ffmpeg").write_frames(str(path), size, fps=15, macro_block_size=2)
-    try:
-        mp4.send(None)
-        for actions in game:
-            image = obs[0, 0] if "ALE/" in args.env_id else (envs.render()[0] * 255).astype(np.uint8)
-            mp4.send(image.repeat(size[0] // image.shape[1], axis=0).repeat(size[0] // image.shape[1], axis=1))
-            obs = envs.step(actions)[0]
-        mp4.close()
-        tqdm.write(f"video: {path}")
-    except OSError as error:  # a run is worth more than its video
-        tqdm.write(f"warning: no video {path}: {error.strerror or error}")
+# ---- run folder, log and checkpoints
+def make_run_folder(args: Args, device) -> Path:
+    """Return the folder of the run to go on with, or a new one."""
+    name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__"
+    if args.resume == "auto":
+        for path in sorted(Path("runs").glob(f"{name}*/args.json"), reverse=True):
+            same = not differences(json.loads(path.read_text())["args"], args)
+            if same and not (path.parent / "finished").exists():
+                return path.parent
+    elif args.resume:
+        folder = Path(args.resume)
+        if not (folder / "checkpoint.pt").exists():
+            fail(f"--resume {folder}: it has no checkpoint.pt.")
+        return folder
+
+    git = f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD"
+    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
+    packages = ["torch", "gymnasium", "ale-py", "minatar", "stable-baselines3", "numpy"]
+    record = {
+        "agent": Path(__file__).stem,
+        "args": asdict(args),
+        "packages": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "git_commit": commit or None,
+        "frames_per_step": args.frame_skip if args.env_id.startswith("ALE/") else 1,
+    }
+    folder = Path("runs") / f"{name}{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(record, indent=2))
+    return folder
 
 
-def save_model(path: Path, q_network: nn.Module, args: Args, global_step: int) -> None:
-    """Write weights and flags aside, sync, then rename: a file under this name is always whole. Warn on a full disk."""
-    state = {"agent": AGENT, "args": asdict(args), "global_step": global_step, "weights": q_network.state_dict()}
+def differences(recorded: dict, args: Args) -> list[str]:
+    """The flags that a recorded run had otherwise."""
+    found = []
+    for name, value in asdict(args).items():
+        if name not in ("resume", "cuda") and recorded.get(name) != value:
+            found.append(f"--{name.replace('_', '-')} {recorded.get(name)}")
+    return found
+
+
+def make_writer(folder: Path, args: Args, global_step: int) -> SummaryWriter:
+    """Open the log; what a killed run had logged after `global_step` is superseded."""
+    if args.track:
+        import wandb
+
+        wandb.init(name=folder.name, id=folder.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(str(folder), purge_step=global_step + 1)
+    rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
+    return writer
+
+
+def make_bar(args: Args, global_step: int) -> tqdm:
+    """A progress bar; a plain line a minute where the output is no terminal."""
+    if sys.stderr.isatty():
+        looks = {"dynamic_ncols": True}
+    else:
+        looks = {"file": PlainLines(), "ncols": 0, "mininterval": 60, "maxinterval": 60}
+    return tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", **looks)
+
+
+class PlainLines(io.StringIO):
+    """A file of which every write is a line."""
+
+    def write(self, text: str):
+        if text.strip():
+            print(text.strip(), flush=True)
+
+
+def check_finite(loss: Tensor, global_step: int, checkpoint: Path):
+    if not loss.isfinite():
+        fail(f"the loss is not finite at step {global_step:,}; {checkpoint}, if it is there, is from before.")
+
+
+def random_states(rng: np.random.Generator) -> dict:
+    cuda = torch.cuda.get_rng_state_all()
+    return {"numpy": rng.bit_generator.state, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(rng: np.random.Generator, states: dict):
+    rng.bit_generator.state = states["numpy"]
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def save(path: Path, state: dict):
+    """Write aside, sync, rename: a file of this name is whole. A full disk does not end the run."""
     aside = path.with_suffix(".tmp")
     try:
         with open(aside, "wb") as file:
@@ -627,391 +842,48 @@ def save_model(path: Path, q_network: nn.Module, args: Args, global_step: int) -
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch's own word for a full disk is the second
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        tqdm.write(f"warning: the weights of step {global_step:,} are not saved: {getattr(error, 'strerror', error)}")
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        tqdm.write(f"warning: {path} is not written, and the one before stands: {error}")
 
 
-def load_model(args: Args) -> tuple[Args, int, dict]:
-    """Return the flags in --checkpoint (those of the run group stay `args`'), its step and its weights."""
+def load_checkpoint(path: Path, args: Args) -> dict:
+    """Read a checkpoint of the same flags; its tensors stay on the disk until they are copied."""
     try:
-        state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-        if (agent := state["agent"]) != AGENT:
-            fail(f"{args.checkpoint} is a checkpoint of {agent}, not of {AGENT}: play it with agents/{agent}.py.")
-        mine = {field.name: getattr(args, field.name) for field in fields(RunArgs)}
-        return replace(args, **state["args"] | mine), state["global_step"], state["weights"]
-    except OSError as error:
-        fail(f"{args.checkpoint} could not be read: {error.strerror}.")
-    except Exception:  # torch.load has a dozen ways to say that a file is damaged or foreign
-        fail(f"{args.checkpoint} is damaged, or no checkpoint of these agents.")
-
-
-def pack(networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, objects: dict) -> dict[str, np.ndarray]:
-    """Return {owner/name: array} of weights, moments, and the arrays and COUNTERS of `objects`: replay and recorder."""
-    states = {owner: network.state_dict() for owner, network in networks.items()}
-    states |= {f"optimizer/{number}": moments for number, moments in optimizer.state_dict()["state"].items()}
-    arrays = {f"{owner}/{name}": x.cpu().numpy() for owner, state in states.items() for name, x in state.items()}
-    for owner, item in objects.items():
-        kept = {name: x for name, x in vars(item).items() if isinstance(x, np.ndarray) or name in COUNTERS}
-        arrays |= {f"{owner}/{name}": np.asarray(x) for name, x in kept.items()}  # no copies
-    return arrays
-
-
-def unpack(arrays: dict, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, objects: dict) -> None:
-    """Put all back to where `pack` had it from. Raises ValueError if a name, shape or type is another."""
-    expected = pack(networks, optimizer, objects)
-    if any(name.startswith("optimizer/") for name in arrays):  # Adam has no moments before its first update
-        for number, weights in enumerate(optimizer.param_groups[0]["params"]):
-            shapes = {"step": (), "exp_avg": weights.shape, "exp_avg_sq": weights.shape}
-            expected |= {f"optimizer/{number}/{name}": np.empty(shape, np.float32) for name, shape in shapes.items()}
-    if {n: (x.shape, x.dtype) for n, x in arrays.items()} != {n: (x.shape, x.dtype) for n, x in expected.items()}:
-        raise ValueError
-    states: dict[str, dict] = {}
-    for name, array in arrays.items():
-        owner, _, name = name.rpartition("/")
-        states.setdefault(owner, {})[name] = array
-    for owner, network in networks.items():
-        network.load_state_dict({name: torch.from_numpy(array) for name, array in states[owner].items()})
-    moments = {owner: states[owner] for owner in states if owner.startswith("optimizer/")}
-    moments = {int(o[10:]): {name: torch.from_numpy(x) for name, x in state.items()} for o, state in moments.items()}
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    for owner, item in objects.items():
-        for name, array in states[owner].items():
-            setattr(item, name, array if array.shape else array.item())
-
-
-def save_checkpoint(path: Path, arrays: dict[str, np.ndarray], facts: dict) -> bool:
-    """Write a checkpoint aside, sync it, read it back, and only then put it in the place of the one before.
-
-    It is a .npz file: arrays, each written piece by piece, without a copy, and with a checksum; one is `facts` as JSON.
-    Return whether that went well: where the disk is full the one before stands, and the run goes on.
-    """
-    aside = path.with_suffix(".tmp")
-    try:
-        with open(aside, "wb") as file:
-            np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        with zipfile.ZipFile(aside) as written:
-            if damaged := written.testzip():
-                raise OSError(f"{damaged} reads back differently")
-        os.replace(aside, path)
-        return True
-    except (OSError, zipfile.BadZipFile) as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        reason = getattr(error, "strerror", None) or error
-        tqdm.write(f"warning: no checkpoint of step {facts['global_step']:,} ({reason}): the one before stands")
-        return False
-
-
-def load_checkpoint(path: Path, args: Args, whole: bool = True) -> tuple[dict[str, np.ndarray], dict]:
-    """Return the arrays (none if not `whole`) and the facts of a checkpoint; refuse one that is damaged or foreign."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            facts = json.loads(file["facts"].tobytes())
-            if facts["version"] > VERSION:
-                fail(f"{path} has a newer format, {facts['version']}: go on with the {AGENT}.py that made it.")
-            if facts["agent"] != AGENT:
-                fail(f"{path} is a checkpoint of {facts['agent']}, not of {AGENT}.")
-            kinds = {"version": int, "args": dict, "global_step": int, "pending": bool, "logged": dict}
-            if any(type(facts[name]) is not kind for name, kind in kinds.items()):
-                raise TypeError
-            if other := differences(facts["args"], asdict(args)):
-                fail(f"{path.parent} was run with {', '.join(other)}: give the same flags, or none but --resume.")
-            if not 0 <= facts["global_step"] <= args.total_timesteps:
-                raise ValueError
-            return {name: file[name] for name in file.files if whole and name != "facts"}, facts
-    except FileNotFoundError:
-        fail(f"{path.parent} has no {path.name} to go on from.")
-    except MemoryError:
-        fail(f"{path} does not fit in memory: nothing was changed.")
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state["optimizer"] = copy.deepcopy(state["optimizer"])  # it would keep the tensors, and so the file
+        others = differences(state["args"], args)
     except Exception as error:  # there are a dozen ways to be damaged or foreign
-        if isinstance(error, OSError) and error.strerror:
-            fail(f"{path} cannot be read: {error.strerror}.")
-        fail(f"{path} is damaged, or no checkpoint of these agents: nothing was changed.")
+        fail(f"{path} cannot be read as a checkpoint: {error}")
+    if others:
+        fail(f"{path.parent} was run with {' '.join(others)}: give the same flags.")
+    return state
 
 
-def log(writer: SummaryWriter, scalars: dict[str, float], step: int, flush: bool = False) -> None:
-    """Log `scalars`. Where the disk is full say so; the log goes on in a new file, a minute later or after that."""
-    try:
-        if time.monotonic() >= getattr(writer, "retry", 0):
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, value, step)
-        if flush:
-            writer.flush()
-    except OSError as error:
-        tqdm.write(f"warning: the log has a gap of a minute from step {step:,} on: {error.strerror}")
-        writer.file_writer = writer.all_writers = None  # add_scalar makes new ones
-        writer.retry = time.monotonic() + 60
+STOPPED_BY: list[int] = []  # signals
 
 
-def diverged(folder: Path, step: int) -> NoReturn:
-    """Stop a run whose loss is no number any more, and say what there is to go back to."""
-    kept = "there is no checkpoint"
-    with contextlib.suppress(Exception), np.load(folder / "checkpoint.npz", allow_pickle=False) as file:
-        kept = f"the last checkpoint is of step {json.loads(file['facts'].tobytes())['global_step']:,}"
-    fail(f"the loss is not finite at step {step:,}, and the run in {folder} is stopped; {kept}.")
-
-
-def differences(recorded: dict, given: dict) -> list[str]:
-    """The flags by which two runs differ, with the recorded values; with what a run is resumed is none of them.
-
-    A flag that there was not yet when the run began had its default.
-    """
-    recorded, words = {field.name: field.default for field in fields(Args)} | recorded, []
-    for name in [name for name in recorded if name not in ("resume", "cuda") and recorded[name] != given.get(name)]:
-        flag, value = name.replace("_", "-"), recorded[name]
-        plain = {True: f"--{flag}", False: f"--no-{flag}", None: f"no --{flag}"}
-        words.append(plain[value] if value is None or type(value) is bool else f"--{flag} {value}")
-    return words
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-def read_flags(folder: Path) -> dict:
-    """Return the flags in a run folder's args.json."""
-    try:
-        flags = json.loads((folder / "args.json").read_text())["args"]
-        kinds = {field.name: (type(field.default), field.default is None) for field in fields(Args)}
-        kinds = {name: (str, type(None)) if optional else kind for name, (kind, optional) in kinds.items()}
-        if type(flags) is not dict or not all(isinstance(flags[x], kind) for x, kind in kinds.items() if x in flags):
-            raise ValueError
-        return flags
-    except OSError as error:
-        fail(f"{folder / 'args.json'} cannot be read: {error.strerror}.")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        fail(f"{folder / 'args.json'} is damaged, or of no run of these agents.")
-
-
-def find_run(args: Args) -> Path | None:
-    """Return the folder of the run to go on with: --resume's; for auto the newest unfinished run of the same flags."""
-    if args.resume != "auto":
-        return Path(args.resume) if args.resume else None
-    start = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__"
-    for path in sorted(Path("runs").glob("*/checkpoint.npz"), reverse=True):
-        if path.parent.name.startswith(start) and not differences(read_flags(path.parent), asdict(args)):
-            _, facts = load_checkpoint(path, args, whole=False)
-            if facts["global_step"] < args.total_timesteps or facts["pending"]:
-                return path.parent
-    return None
-
-
-def lock_run(folder: Path):
-    """Keep other processes from a run folder as long as the file that is returned is open."""
-    try:
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        file = (folder / "lock").open("ab")
-    except OSError as error:
-        fail(f"the run folder {folder} cannot be written to: {error.strerror}.")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another process is at work on the run in {folder}.")
-    except OSError as error:  # some network disks have no locks
-        tqdm.write(f"warning: {folder} is not locked against other processes: {error.strerror}")
-    (folder / "checkpoint.tmp").unlink(missing_ok=True)  # of a process that was killed while it wrote
-    return file
-
-
-def track(folder: Path, args: Args) -> None:
-    """Mirror the log to Weights & Biases from here on: before the writer of the log is made."""
-    kept = {"name": folder.name, "id": folder.name, "resume": "allow", "dir": str(folder), "config": asdict(args)}
-    importlib.import_module("wandb").init(**kept, sync_tensorboard=True)
-
-
-def make_run_folder(args: Args, device) -> tuple[Path, SummaryWriter]:
-    """Make a new run folder that holds args.json and a TensorBoard log with the same facts."""
-    name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder, here = Path("runs") / name, Path(__file__).resolve().parent
-    sha = subprocess.run("git log -1 --format=%H", shell=True, cwd=here, capture_output=True, text=True).stdout.strip()
-    packages = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES}
-    record = {"agent": AGENT, "args": asdict(args), "python": sys.version.split()[0], "packages": packages}
-    record |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "git_commit": sha or None}
-    record |= {"threads": torch.get_num_threads(), "frames_per_step": args.frame_skip if "ALE/" in args.env_id else 1}
-    try:
-        folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps(record, indent=2))
-    except OSError as error:
-        fail(f"the run folder {folder} could not be made: {error.strerror}.")
-    if args.track:
-        track(folder, args)
-    writer = SummaryWriter(str(folder))
-    for title, table in {"hyperparameters": record.pop("args"), "environment": record}.items():
-        writer.add_text(title, "|name|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in table.items()))
-    metrics = {"charts/episodic_return": 0, "eval/episodic_return": 0}
-    for summary in torch.utils.tensorboard.summary.hparams(asdict(args) | {"checkpoint": ""}, metrics):
-        writer.file_writer.add_summary(summary)
-    return folder, writer
-
-
-def train(args: Args) -> Path | np.ndarray:
-    """Train, evaluate and return the run folder; with --eval-only just play, and return the returns."""
-    check_offline_args(args)
-    if args.eval_only:
-        args, global_step, weights = load_model(args)
-        check_offline_args(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    envs = make_env(args)
-    obs_space, num_actions = envs.single_observation_space, int(envs.single_action_space.n)
-    q_network = OfflineNetwork(obs_space.shape, num_actions, args).to(device)
-    if args.eval_only:
-        q_network.load_state_dict(weights)
-        video = Path(args.checkpoint).with_suffix(f".{datetime.now():%Y%m%d-%H%M%S}.mp4")
-        return evaluate_steps(envs, q_network, args, device, global_step, video)
-
-    target_network = copy.deepcopy(q_network)
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    rngs = rng, replay_rng, probe_rng = [np.random.default_rng([args.seed, 0, stream]) for stream in range(3)]
-    networks, numbers, loaded = {"q_network": q_network, "target_network": target_network}, find_checkpoints(args), {}
-    if folder := find_run(args):
-        lock = lock_run(folder)
-        arrays, facts = load_checkpoint(folder / "checkpoint.npz", args)
-        if facts["global_step"] == args.total_timesteps and not facts["pending"]:
-            print(f"the run in {folder} is finished")
-            return folder
-        drawn = facts.get("drawn")
-        if not (type(drawn) is list and len(drawn) == args.num_checkpoints and all(x in numbers for x in drawn)):
-            fail(f"{folder / 'checkpoint.npz'} is damaged, or {args.dataset_dir} has other checkpoints than it had.")
-        load(drawn, loaded, envs, args, device)
-    else:
-        drawn = rng.choice(numbers, args.num_checkpoints, replace=False).tolist()
-        load(drawn, loaded, envs, args, device)
-        facts, (folder, writer) = None, make_run_folder(args, device)
-        lock = lock_run(folder)
-    print(f"run folder: {folder} ({device})" + (f", from step {facts['global_step']:,}" if facts else ""), flush=True)
-    measured, updates, scalars, start, last_return = {}, [], {}, time.monotonic(), math.nan
-    global_step, pending, logged, saved = 0, False, {}, None  # pending: an evaluation of this step is still to be made
-    if facts:
-        try:
-            unpack(arrays, networks, optimizer, {})
-            saved = global_step, pending = facts["global_step"], facts["pending"]
-            last_return = float(facts["last_return"])
-            measured = {tag: torch.tensor(value) for tag, value in facts["measured"].items()}
-            logged = {tag: float(value) for tag, value in facts["logged"].items()}
-            updates = [torch.tensor(pair, device=device).unbind() for pair in facts["updates"]]
-            for generator, state in zip(rngs, facts["rngs"], strict=True):
-                generator.bit_generator.state = state
-            start -= facts["seconds"]
-        except Exception:  # it was whole, so that somebody has changed it
-            fail(f"{folder / 'checkpoint.npz'} is damaged, or of no run of these flags: nothing was changed.")
-        if args.track:
-            track(folder, args)
-        writer = SummaryWriter(str(folder), purge_step=global_step + (not pending))  # what was logged is superseded
-        log(writer, logged, global_step)
-    meter = {"unit": " steps", "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
-    bar = tqdm(total=args.total_timesteps, initial=global_step, **meter)
-    good = torch.tensor(global_step, device=device)  # every loss was finite up to here
-
-    def evaluate_now() -> tuple[bool, float]:
-        """Evaluate, and log it; return whether a signal has interrupted it, and the mean return."""
-        video = folder / f"videos/step-{global_step}.mp4"
-        returns = evaluate_steps(envs, q_network, args, device, global_step, video)
-        if returns is None:
-            return True, last_return
-        log(writer, {"eval/episodic_return": returns.mean()}, global_step)
-        return False, float(returns.mean())
-
-    def first_bad() -> int:
-        """The step of the first update whose loss was not finite, if there was one."""
-        return (good.item() // args.train_frequency + 1) * args.train_frequency
-
-    def checkpoint_now() -> tuple[int, bool] | None:
-        """Write down all that the run is, so that it can go on as if nothing had happened; return of when it is."""
-        if not all(values.isfinite().all() for values in (*measured.values(), *q_network.parameters())):
-            diverged(folder, first_bad())
-        facts = {"version": VERSION, "agent": AGENT, "args": asdict(args), "seconds": time.monotonic() - start}
-        facts |= {"global_step": global_step, "pending": pending, "drawn": drawn, "last_return": last_return}
-        facts |= {"measured": {tag: values.mean().item() for tag, values in measured.items()}}
-        facts |= {"logged": logged if pending else {}}
-        facts |= {"updates": [[x.item() for x in pair] for pair in updates]}
-        facts |= {"rngs": [generator.bit_generator.state for generator in rngs]}
-        log(writer, {}, global_step, flush=True)
-        written = save_checkpoint(folder / "checkpoint.npz", pack(networks, optimizer, {}), facts)
-        return (global_step, pending) if written else None
-
-    if pending:
-        pending, last_return = evaluate_now()
-    while global_step < args.total_timesteps and not STOP:
-        global_step += args.train_frequency
-        last = global_step == args.total_timesteps
-        # ---------------------------------------------------------------------------------------------------- learn
-        if global_step > args.train_frequency and (global_step - args.train_frequency) % args.iteration_steps == 0:
-            replay, drawn = None, rng.choice(numbers, args.num_checkpoints, replace=False).tolist()
-            load(drawn, loaded, envs, args, device)
-        replay = loaded[drawn[rng.integers(len(drawn))]]
-        batch = replay.sample(args.batch_size, replay_rng)
-        targets = offline_target(q_network, target_network, batch)
-        td_losses, cql, dr3, q_values = offline_loss(q_network, batch, targets, args)
-        loss = (td_losses + args.cql_alpha * cql + args.dr3_coefficient * dr3).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        if args.diagnostics_frequency:
-            gradients = [parameter.grad.flatten() for parameter in q_network.parameters()]
-            updates.append((loss.detach(), sum(gradient.dot(gradient) for gradient in gradients).sqrt()))
-        optimizer.step()
-        measured = {"losses/td_loss": td_losses, "losses/cql": cql, "losses/dr3": dr3, "losses/q_values": q_values}
-        measured = {tag: values.detach() for tag, values in measured.items()}
-        good = torch.where(loss.isfinite(), global_step, good)
-        # --------------------------------------------------------------------------------------------------- target
-        if global_step % args.target_network_frequency == 0:
-            target_network.load_state_dict(q_network.state_dict())
-        # ------------------------------------------------------------------------------------------------------ log
-        status = f"return {last_return:.1f}"
-        bar.set_postfix_str(status, refresh=False)
-        bar.update(args.train_frequency)
-        if bar.disable and (global_step % 10_000 == 0 or last):  # output is no terminal: a plain line now and then
-            meter = {"elapsed": time.monotonic() - start, "ncols": 0, "unit": " steps", "postfix": status}
-            print(tqdm.format_meter(global_step, args.total_timesteps, **meter), flush=True)
-        reporting = updates and global_step % args.diagnostics_frequency == 0
-        if global_step % 1_000 == 0 or reporting or last:
-            scalars |= {tag: values.mean().item() for tag, values in measured.items()}
-            scalars["charts/SPS"] = global_step / (time.monotonic() - start)
-            if not all(math.isfinite(scalars[tag]) for tag in measured):
-                diverged(folder, first_bad())
-        if reporting:
-            scalars |= diagnose(q_network, replay.probe(probe_rng), updates, probe_rng)
-            updates.clear()
-        log(writer, scalars, global_step)
-        logged, scalars = scalars, {}
-        # ----------------------------------------------------------------------------------------------- checkpoint
-        evaluating = last or global_step % args.iteration_steps == 0
-        if evaluating and args.save_model:
-            save_model(folder / "model.pt", q_network, args, global_step)
-        if pending := bool(evaluating and args.eval_steps):
-            if last and args.checkpoint_frequency:  # it may take long
-                saved = checkpoint_now()
-            pending, last_return = evaluate_now()
-        if args.checkpoint_frequency and global_step % args.checkpoint_frequency == 0 and not (last or STOP):
-            saved = checkpoint_now()
-    finished = global_step == args.total_timesteps and not pending
-    if args.checkpoint_frequency and saved != (global_step, pending):
-        saved = checkpoint_now()
-    log(writer, {}, global_step, flush=True)
-    for resource in (bar, writer, lock):
-        resource.close()
-    if finished:
-        STOP.clear()  # it came too late
-        print(f"run folder: {folder}")
-    else:
-        how = f"go on with --resume {folder}" if saved == (global_step, pending) else "there is no checkpoint of it"
-        print(f"stopped at step {global_step:,}: {how}")
-    return folder
-
-
-def stop(number: int, _frame) -> None:
-    """Ask the run to end at its next step, with a checkpoint. A second Ctrl-C ends it at once."""
-    STOP.append(number)
+def stop(number: int, _frame):
+    """Let the run end at its next step; a second Ctrl-C ends it at once."""
+    STOPPED_BY.append(number)
     if number == signal.SIGINT:  # some programs send SIGTERM twice
         signal.signal(number, signal.SIG_DFL)
 
 
+def finish(folder: Path, global_step: int):
+    """Mark a run as finished, or say how to go on with it."""
+    if not STOPPED_BY:
+        (folder / "finished").touch()
+        return
+    there = (folder / "checkpoint.pt").exists()
+    how = f"go on with --resume {folder} and the same flags" if there else "there is no checkpoint"
+    print(f"stopped at step {global_step:,}: {how}")
+    sys.exit(128 + STOPPED_BY[0])
+
+
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    try:
-        train(parse_offline_args())
-    except DatasetError as error:
-        fail(str(error))
-    sys.exit(128 + STOP[0] if STOP else 0)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    train(tyro.cli(Args, description=__doc__))

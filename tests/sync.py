@@ -1,8 +1,8 @@
-"""One name, one meaning: compare the functions and classes that stand in several agents, or copy them.
+"""One name, one meaning: compare the blocks that stand in several agents, or copy them.
 
     python tests/sync.py agents/dqn.py
 
-overwrites, in every other agent, each top-level function or class that stands in agents/dqn.py under the same name.
+overwrites, in every other agent, each top-level block that stands in agents/dqn.py under the same name.
 """
 
 import ast
@@ -10,16 +10,26 @@ import sys
 from pathlib import Path
 
 AGENTS = sorted((Path(__file__).resolve().parent.parent / "agents").glob("*.py"))
-OWN = {"train", "Args", "RunArgs", "EnvironmentArgs", "TrainingArgs", "AlgorithmArgs"}  # may differ between agents
+OWN = {"train", "Args"}  # may differ between agents
+
+
+def block_name(node: ast.stmt) -> str | None:
+    """The name of a function, class or constant; of `if __name__ == "__main__"` that."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        return target.id if isinstance(target, ast.Name) else None
+    return "__main__" if isinstance(node, ast.If) else None
 
 
 def blocks(source: str) -> dict[str, tuple[int, int]]:
-    """First line (decorators included) and the line after the last of every top-level function and class, from 0."""
+    """First line (decorators included) and the line after the last of every top-level block, from 0."""
     spans = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            spans[node.name] = (first - 1, node.end_lineno)
+        if name := block_name(node):
+            first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+            spans[name] = (first - 1, node.end_lineno)
     return spans
 
 
@@ -31,7 +41,8 @@ def shared(source: str) -> dict[str, str]:
 
 def replaced(target: str, source: str) -> str:
     """The text of `target` with its shared blocks taken from `source`."""
-    lines, new = target.splitlines(keepends=True), shared(source)
+    lines = target.splitlines(keepends=True)
+    new = shared(source)
     for name, (first, last) in reversed(blocks(target).items()):
         if name in new:
             lines[first:last] = [new[name]]
@@ -41,7 +52,8 @@ def replaced(target: str, source: str) -> str:
 if __name__ == "__main__":
     model = Path(sys.argv[1])
     for path in AGENTS:
-        old, new = path.read_text(), replaced(path.read_text(), model.read_text())
+        old = path.read_text()
+        new = replaced(old, model.read_text())
         if old != new:
             path.write_text(new)
             print(f"{path.name}: synced with {model.name}")
