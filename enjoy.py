@@ -58,10 +58,8 @@ def fail(message: str):
 def read_run(folder: Path):
     """Return the module that the run is of, and its flags."""
     path = folder / "args.json"
-    if not folder.is_dir():
-        fail(f"there is no folder {folder}: give one of those in runs/.")
     if not path.exists():
-        fail(f"{folder} has no args.json: give a run's folder, one of those in runs/.")
+        fail(f"{folder} {'has no args.json' if folder.is_dir() else 'is no folder'}: give one of those in runs/.")
     try:
         record = json.loads(path.read_text())
         agent, flags = str(record["agent"]), dict(record["args"])

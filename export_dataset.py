@@ -60,24 +60,42 @@ def read_progress(args: Args) -> dict:
         if progress["run"] != args.run.resolve().name:
             fail(f"{args.dataset} is the export of another run, {progress['run']}.")
         return progress
-    if args.dataset.exists() and any(args.dataset.iterdir()):
+    if args.dataset.is_dir() and any(args.dataset.iterdir()):
         fail(f"{args.dataset} is not empty, and no dataset that was exported: name a new folder.")
     return {"run": args.run.resolve().name, "steps": 0, "checkpoints": 0}
 
 
+def write_progress(folder: Path, progress: dict) -> None:
+    aside = folder / "export.tmp"
+    aside.write_text(json.dumps(progress, indent=2))
+    os.replace(aside, folder / "export.json")
+
+
 def steps_in_order(replay: dict) -> np.ndarray:
     """Return the rows of the replay that hold a step, the oldest first."""
-    size = len(replay["places"])
+    size = len(replay["ages"])
     rows = np.arange(replay["pos"])
     if replay["full"]:
         rows = (replay["pos"] + np.arange(size)) % size
-    return rows[replay["places"].numpy()[rows] >= 0]  # others hold the frame after a truncation
+    return rows[replay["ages"].numpy()[rows] >= 0]  # others hold the frame after a truncation
 
 
-def with_padding(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+def with_padding(rows: np.ndarray, ages: np.ndarray) -> np.ndarray:
     """Put three rows of padding, as -1, before each row that begins an episode."""
-    begins = np.flatnonzero(places[rows] == 0)
+    begins = np.flatnonzero(ages[rows] == 0)
     return np.insert(rows, begins.repeat(3), -1)
+
+
+def split(rows: np.ndarray, most: int) -> list[np.ndarray]:
+    """Cut the rows into parts of at most so many, none of which ends between an episode and its padding."""
+    parts = []
+    while len(rows) > most:
+        end = most
+        while rows[end - 1] < 0:
+            end -= 1
+        parts.append(rows[:end])
+        rows = rows[end:]
+    return [*parts, rows]
 
 
 def write_checkpoint(folder: Path, number: int, rows: np.ndarray, replay: dict) -> None:
@@ -109,7 +127,7 @@ def write_checkpoint(folder: Path, number: int, rows: np.ndarray, replay: dict) 
     for name, fact in facts.items():
         with gzip.open(paths[name].with_suffix(".tmp"), "wb") as file:
             np.save(file, fact)
-    for path in paths.values():
+    for path in reversed(paths.values()):  # the frames last: a checkpoint is there when they are
         os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -130,21 +148,20 @@ def export(args: Args) -> None:
         print(f"{args.dataset} has all {state['global_step']:,} steps of this checkpoint already")
         return
 
-    rows = with_padding(rows, replay["places"].numpy())
-    parts = np.split(rows, range(args.rows - 1, len(rows), args.rows - 1))
-    args.dataset.mkdir(parents=True, exist_ok=True)
+    rows = with_padding(rows, replay["ages"].numpy())
+    progress["steps"] = max(progress["steps"], oldest)
     try:
-        for part in tqdm(parts, unit=" files", disable=not sys.stderr.isatty()):
+        args.dataset.mkdir(parents=True, exist_ok=True)
+        write_progress(args.dataset, progress)  # now the folder is this run's
+        for part in tqdm(split(rows, args.rows - 1), unit=" files", disable=not sys.stderr.isatty()):
             write_checkpoint(args.dataset, progress["checkpoints"], part, replay)
             progress["checkpoints"] += 1
+            progress["steps"] += int(np.count_nonzero(part >= 0))
+            write_progress(args.dataset, progress)
     except OSError as error:
         for path in args.dataset.glob("*.tmp"):
             path.unlink()
-        fail(f"{args.dataset} could not be written: {error.strerror}; the same command begins this export anew.")
-    progress["steps"] = state["global_step"]
-    aside = args.dataset / "export.tmp"
-    aside.write_text(json.dumps(progress, indent=2))
-    os.replace(aside, args.dataset / "export.json")
+        fail(f"{args.dataset} could not be written: {error.strerror}; the same command goes on with it.")
     steps = np.count_nonzero(rows >= 0)
     total = f"{progress['steps']:,} of the run in {progress['checkpoints']} checkpoints"
     print(f"{args.dataset}: {steps:,} steps more, {total}")

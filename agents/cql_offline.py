@@ -79,8 +79,8 @@ class Args:
     diagnostics_frequency: int = 10_000  # agent steps between diagnostics (0: none)
     # ---- environment
     env_id: str = "ALE/Pong-v5"  # any ALE/<Game>-v5 or MinAtar/<Game>-v1
-    sticky_actions: float = 0.25  # chance that a frame repeats the last action (ALE)
-    noop_max: int = 0  # no-op frames at the start of a game, fewer than this (ALE)
+    sticky_actions: float = 0.25  # chance that a frame repeats the last action (ALE; MinAtar has 0.1)
+    noop_max: int = 0  # emulator frames of no-op before a game, fewer than this (ALE)
     frame_skip: int = 4  # emulator frames in an agent step (ALE)
     max_episode_steps: int = 27_000  # agent steps before a game is truncated
     # ---- training
@@ -123,7 +123,7 @@ class Args:
 class Batch(NamedTuple):
     obs: Tensor  # (batch, 4, 84, 84) bytes, or MinAtar's (batch, 10, 10, channels)
     actions: Tensor  # (batch,) int64
-    rewards: Tensor  # (batch,) discounted sum of n, fewer before a termination
+    rewards: Tensor  # (batch,) discounted sum of n rewards, cut at a termination
     next_obs: Tensor  # like obs, n steps on; zeros after a termination
     discounts: Tensor  # (batch,) gamma^n, or 0 after a termination
     rows: np.ndarray  # (batch,) in the replay
@@ -249,7 +249,9 @@ def train(args: Args) -> Path:
         global_step = state["global_step"]
         drawn = state["drawn"]
         updates = state["updates"]
+        del state  # it keeps the file open
     saved_step = global_step
+    writer = make_writer(folder, args, global_step)
 
     def save_checkpoint():
         state = {name: part.state_dict() for name, part in parts.items()}
@@ -261,7 +263,6 @@ def train(args: Args) -> Path:
         writer.flush()
         save(checkpoint, state)
 
-    writer = make_writer(folder, args, global_step)
     print(f"run folder: {folder} ({device})", flush=True)
     bar = make_bar(args, global_step)
     logged_step = global_step
@@ -271,7 +272,7 @@ def train(args: Args) -> Path:
         # ---- evaluate
         finished = global_step == args.total_timesteps
         begins = global_step % args.iteration_steps == 0
-        if finished or (begins and global_step > 0):
+        if finished or (begins and global_step > 0):  # first, so that an interrupted one is made again
             last_return = evaluate_steps(args, envs, q_network, global_step, device, folder, writer)
         if finished or STOPPED_BY:
             break
@@ -279,6 +280,7 @@ def train(args: Args) -> Path:
         # ---- load checkpoints of the dataset
         if begins:
             drawn = rng.choice(numbers, args.num_checkpoints, replace=False).tolist()
+            replay = None  # its memory may be needed for the next
         load(drawn, loaded, obs_space, num_actions, args, device, rng)
         global_step += args.train_frequency  # as if it had played them
 
@@ -321,7 +323,7 @@ def train(args: Args) -> Path:
             saved_step = global_step
 
     if STOPPED_BY and args.checkpoint_frequency and saved_step != global_step:
-        print("stopping: writing a checkpoint")
+        tqdm.write("stopping: writing a checkpoint")
         save_checkpoint()
     bar.close()
     writer.close()
@@ -332,14 +334,15 @@ def train(args: Args) -> Path:
 # ========================= from here on the same text in every agent =========================
 # ---- flags
 def fail(message: str):
-    """Answer wrong input: one sentence on stderr, exit status 2."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    """Answer wrong input: a sentence on stderr, status 2."""
+    tqdm.write("error: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)
 
 
 def check_flags(args: Args, **ranges: tuple[float, float]):
     """Refuse numbers out of range: counts from 1 (0 where that means none), shares from 0 to 1."""
-    may_be_zero = {"seed", "noop_max", "exploration_steps", "eval_episodes", "eval_frequency", "eval_steps"}
+    ranges.setdefault("noop_max", (0, 1_000))
+    may_be_zero = {"seed", "exploration_steps", "eval_episodes", "eval_frequency", "eval_steps"}
     may_be_zero |= {"checkpoint_frequency", "diagnostics_frequency"}
     for name, value in vars(args).items():
         least = 0 if name in may_be_zero else 1
@@ -358,7 +361,7 @@ def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
 
     Rewards are the game's own. A stack has zeros before the first frame.
     """
-    if not args.env_id.startswith(("ALE/", "MinAtar/")):
+    if not re.fullmatch(r"ALE/\w+-v5|MinAtar/\w+-v1", args.env_id):
         fail(f"--env-id is {args.env_id}: it must be ALE/<Game>-v5 or MinAtar/<Game>-v1.")
     try:
         if args.env_id.startswith("MinAtar/"):
@@ -379,15 +382,14 @@ def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
             "use_fire_reset": False,
             "reward_clipping": False,
         }
-        settings.update(overrides)
-        return gym.make_vec(args.env_id, 1, "vector_entry_point", **settings)
+        return gym.make_vec(args.env_id, 1, "vector_entry_point", **(settings | overrides))
     except (gym.error.Error, OSError, AssertionError, RuntimeError) as error:
         fail(f"--env-id is {args.env_id}: {error}")
 
 
 def reset(envs, seed: int, stream: int, episode: int) -> np.ndarray:
     """Start the game that the numbers determine."""
-    sequence = np.random.SeedSequence([seed, 1 + stream, episode])
+    sequence = np.random.SeedSequence([seed, stream, episode])
     emulator_seed = int(sequence.generate_state(1)[0] >> 1)  # an int32
     if isinstance(envs, gym.vector.SyncVectorEnv):
         envs.envs[0].unwrapped.game.last_action = 0  # or its sticky action outlives a game
@@ -489,7 +491,7 @@ def load(numbers: list[int], loaded: dict, obs_space, num_actions: int, args: Ar
         loaded.update(zip(new, pool.map(read, new), strict=True))
 
 
-def places_in_episodes(blank: np.ndarray, terminations: np.ndarray) -> np.ndarray:
+def episode_ages(blank: np.ndarray, terminations: np.ndarray) -> np.ndarray:
     """Return of every row (rows,) the steps since its episode began, or since the file did; of padding -1.
 
     `blank` rows are all zeros. The first three of a run of them after a termination are padding, at the file's start
@@ -533,17 +535,17 @@ class DatasetReplay(BaseBuffer):
         self.check(actions, rewards, num_actions, args)
         may_be_blank = (actions == 0) & (rewards == 0) & ~terminations
         blank = may_be_blank & self.read_frames(used, total, whole=used == filled)
-        places = places_in_episodes(blank, terminations)
+        ages = episode_ages(blank, terminations)
 
-        kept = places >= 0
+        kept = ages >= 0
         self.actions = actions[kept]
         self.rewards = rewards[kept].clip(-1, 1)
         self.terminations = terminations[kept]
-        self.places = places[kept]
+        self.ages = ages[kept]
         self.starts = self.starts[kept]
         self.ends = self.ends[kept]
-        super().__init__(len(self.places), obs_space, gym.spaces.Discrete(num_actions), device)
-        self.ready = self.find_ready(midway=places[0] == 0)
+        super().__init__(len(self.ages), obs_space, gym.spaces.Discrete(num_actions), device)
+        self.ready = self.find_ready(midway=0 in ages[:1])
         if len(self.ready) == 0:
             fail(f"{paths['observation']} has no usable transition in its first {used:,} rows.")
 
@@ -592,7 +594,7 @@ class DatasetReplay(BaseBuffer):
     def find_ready(self, midway: bool) -> np.ndarray:
         """Return the rows that may be sampled; `midway`: the file begins in the middle of an episode."""
         rows = np.arange(self.buffer_size)
-        begins = self.places == 0
+        begins = self.ages == 0
         last_rows = np.append(np.flatnonzero(begins)[1:], len(rows)) - 1  # of the episodes
         lasts = last_rows[begins.cumsum() - 1]  # (rows,)
         ready = self.terminations[lasts] | (rows + self.n_step <= lasts)
@@ -620,35 +622,35 @@ class DatasetReplay(BaseBuffer):
         steps = np.arange(self.n_step)
         window = np.minimum(rows[:, None] + steps, self.buffer_size - 1)  # (batch, n)
         alive = np.cumprod(~self.terminations[window], axis=1)  # 1 up to the termination
-        counted = np.insert(alive[:, :-1], 0, 1, axis=1)  # its own reward is the last
+        counted = np.insert(alive[:, :-1], 0, 1, axis=1)  # the terminating step's reward still counts
         rewards = (self.rewards[window] * counted * self.gamma**steps).sum(axis=1)
         discounts = self.gamma**self.n_step * alive[:, -1]
-        next_places = np.where(alive[:, -1], self.places[rows] + self.n_step, -1)
+        next_ages = np.where(alive[:, -1], self.ages[rows] + self.n_step, -1)
         return Batch(
-            self.stacks(rows, self.places[rows]),
+            self.stacks(rows, self.ages[rows]),
             self.to_torch(self.actions[rows]).long(),
             self.to_torch(rewards).float(),
-            self.stacks(rows + self.n_step, next_places),
+            self.stacks(rows + self.n_step, next_ages),
             self.to_torch(discounts).float(),
             rows,
         )
 
-    def stacks(self, rows: np.ndarray, places: np.ndarray) -> Tensor:
+    def stacks(self, rows: np.ndarray, ages: np.ndarray) -> Tensor:
         """Gather the observations at `rows` (batch,), with zeros for frames older than the episode."""
         back = np.arange(self.stack)[::-1]  # oldest first
         frames = self.frames((rows[:, None] - back).clip(0, self.buffer_size - 1))
-        frames[back > places[:, None]] = 0
+        frames[back > ages[:, None]] = 0
         return self.to_torch(frames if self.stack == 4 else frames[:, 0], copy=False)
 
     def probe(self) -> Tensor:
         """Draw 256 observations, by a generator of their own."""
         rows = np.random.default_rng(self.buffer_size).choice(self.ready, 256)
-        return self.stacks(rows, self.places[rows])
+        return self.stacks(rows, self.ages[rows])
 
 
 # ---- network
 class Pixels(nn.Module):
-    """From bytes to shares of 255, from MinAtar's layout to (batch, channels, 10, 10)."""
+    """Bytes to 0..1, MinAtar's channels to the front; augmented images are so already."""
 
     def forward(self, obs: Tensor) -> Tensor:
         if obs.dtype == torch.bool:
@@ -663,10 +665,10 @@ class Residual(nn.Sequential):
 
 def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequential, int, int]:
     """Return the convolutions, the length of their output, and the width of the next layer."""
-    width = 512
-    if obs_shape[:2] == (10, 10):  # MinAtar: Young and Tian, 2019
+    minatar = obs_shape[:2] == (10, 10)
+    width = 128 if minatar else 512
+    if minatar:  # Young and Tian, 2019
         layers = [nn.Conv2d(obs_shape[2], 16, 3)]
-        width = 128
     elif network == "impala":  # Espeholt et al., 2018, figure 3: 84 -> 42 -> 21 -> 11
         layers, inputs = [], 4
         for channels, padding in [(16, 0), (32, 0), (32, 1)]:  # as SAME pads 84, 42 and 21
@@ -686,7 +688,7 @@ def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequ
         third = nn.Conv2d(64 * wide, 64 * wide, 3, padding=1)
         layers = [first, nn.ReLU(), nn.ZeroPad2d((1, 2, 1, 2)), second, nn.ReLU(), third]
     convolutions = nn.Sequential(Pixels(), *layers, nn.ReLU(), nn.Flatten())
-    obs = torch.zeros(1, *obs_shape, dtype=torch.bool if width == 128 else torch.uint8)
+    obs = torch.zeros(1, *obs_shape, dtype=torch.bool if minatar else torch.uint8)
     return convolutions, convolutions(obs).shape[1], width
 
 
@@ -706,7 +708,7 @@ def diagnose(q_network: nn.Module, obs: Tensor, updates: list[list[float]]) -> d
         if isinstance(network.get_submodule(name), nn.ReLU):
             activity = output.movedim(1, 0).flatten(1).abs().mean(dim=1)  # of every unit or channel
             dormant.append(activity <= 0.025 * activity.mean())
-    features = outputs["dense"].unflatten(0, (len(obs), -1)).mean(dim=1)  # iqn.py has many
+    features = outputs["dense"].unflatten(0, (len(obs), -1)).mean(dim=1)  # iqn.py has one for each tau
     singular_values = torch.linalg.svdvals(features)
     below = singular_values.cumsum(0) < 0.99 * singular_values.sum()
     losses, gradient_norms = np.array(updates).T
@@ -788,7 +790,7 @@ def differences(recorded: dict, args: Args) -> list[str]:
 
 
 def make_writer(folder: Path, args: Args, global_step: int) -> SummaryWriter:
-    """Open the log; what a killed run had logged after `global_step` is superseded."""
+    """Open the log; what was logged after `global_step` is superseded."""
     if args.track:
         import wandb
 
@@ -801,9 +803,8 @@ def make_writer(folder: Path, args: Args, global_step: int) -> SummaryWriter:
 
 def make_bar(args: Args, global_step: int) -> tqdm:
     """A progress bar; a plain line a minute where the output is no terminal."""
-    if sys.stderr.isatty():
-        looks = {"dynamic_ncols": True}
-    else:
+    looks = {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
         looks = {"file": PlainLines(), "ncols": 0, "mininterval": 60, "maxinterval": 60}
     return tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", **looks)
 
@@ -822,8 +823,7 @@ def check_finite(loss: Tensor, global_step: int, checkpoint: Path):
 
 
 def random_states(rng: np.random.Generator) -> dict:
-    cuda = torch.cuda.get_rng_state_all()
-    return {"numpy": rng.bit_generator.state, "torch": torch.get_rng_state(), "cuda": cuda}
+    return {"numpy": rng.bit_generator.state, "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def set_random_states(rng: np.random.Generator, states: dict):
@@ -848,14 +848,14 @@ def save(path: Path, state: dict):
 
 
 def load_checkpoint(path: Path, args: Args) -> dict:
-    """Read a checkpoint of the same flags; its tensors stay on the disk until they are copied."""
+    """Read a checkpoint of the same flags; tensors stay on the disk until they are copied."""
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state["optimizer"] = copy.deepcopy(state["optimizer"])  # it would keep the tensors, and so the file
         others = differences(state["args"], args)
-    except Exception as error:  # there are a dozen ways to be damaged or foreign
+    except Exception as error:  # a dozen ways to be damaged or foreign
         fail(f"{path} cannot be read as a checkpoint: {error}")
     if others:
         fail(f"{path.parent} was run with {' '.join(others)}: give the same flags.")
@@ -868,19 +868,18 @@ STOPPED_BY: list[int] = []  # signals
 def stop(number: int, _frame):
     """Let the run end at its next step; a second Ctrl-C ends it at once."""
     STOPPED_BY.append(number)
-    if number == signal.SIGINT:  # some programs send SIGTERM twice
+    if number == signal.SIGINT:  # SIGTERM may come twice
         signal.signal(number, signal.SIG_DFL)
 
 
 def finish(folder: Path, global_step: int):
     """Mark a run as finished, or say how to go on with it."""
-    if not STOPPED_BY:
-        (folder / "finished").touch()
-        return
-    there = (folder / "checkpoint.pt").exists()
-    how = f"go on with --resume {folder} and the same flags" if there else "there is no checkpoint"
-    print(f"stopped at step {global_step:,}: {how}")
-    sys.exit(128 + STOPPED_BY[0])
+    if STOPPED_BY:
+        there = (folder / "checkpoint.pt").exists()
+        how = f"go on with --resume {folder} and the same flags" if there else "there is no checkpoint"
+        print(f"stopped at step {global_step:,}: {how}")
+        sys.exit(128 + STOPPED_BY[0])
+    (folder / "finished").touch()
 
 
 if __name__ == "__main__":

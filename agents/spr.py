@@ -3,12 +3,12 @@
 # dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "ale-py==0.12.1", "minatar==1.0.15", "stable-baselines3==2.9.2",
 #   "tyro==1.0.17", "numpy==2.4.6", "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2"]
 # ///
-"""SPR (Schwarzer et al., 2021): a data-efficient Rainbow that also learns to predict its own latent future.
+"""SPR (Schwarzer et al., 2021): a data-efficient Rainbow that also predicts its own latent future.
 
 Read after der.py and drq_eps.py; differs from der.py in (1) latents, which a transition model carries on, (2) the loss
-of these predictions, (3) sequences from the replay, (4) augmented images, (5) two updates and a new target network each
-step, (6) epsilon in the first 4,000 steps. Departs from the paper as Dopamine (Castro et al., 2018) does: SAME padding,
-no batch normalisation, weight 5 on the mean of the K losses.
+of these predictions, (3) sequences from the replay, (4) augmented images, (5) two updates a step, (6) epsilon in
+the first 4,000 steps. Departs from the paper as Dopamine does: SAME padding, no batch normalisation, weight 5 on the
+mean of the K losses.
 
 400,000 frames, the benchmark (the study's 30 million: --batch-size 8 --total-timesteps 7500000):
     python agents/spr.py --env-id ALE/Pong-v5
@@ -24,6 +24,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,8 +64,8 @@ class Args:
     diagnostics_frequency: int = 10_000  # agent steps between diagnostics (0: none)
     # ---- environment
     env_id: str = "ALE/Pong-v5"  # any ALE/<Game>-v5 or MinAtar/<Game>-v1
-    sticky_actions: float = 0.0  # chance that a frame repeats the last action (ALE)
-    noop_max: int = 30  # no-op frames at the start of a game, fewer than this (ALE)
+    sticky_actions: float = 0.0  # chance that a frame repeats the last action (ALE; MinAtar has 0.1)
+    noop_max: int = 30  # emulator frames of no-op before a game, fewer than this (ALE)
     frame_skip: int = 4  # emulator frames in an agent step (ALE)
     max_episode_steps: int = 27_000  # agent steps before a game is truncated
     terminal_on_life_loss: bool = True  # a lost life ends the return and the frame stack, not the game (ALE)
@@ -77,19 +78,19 @@ class Args:
     gamma: float = 0.99  # discount per agent step
     learning_starts: int = 2_000  # agent steps before the first update
     train_frequency: int = 1  # agent steps between updates
-    updates_per_step: int = 2  # updates, each with its own batch, every --train-frequency steps
+    updates_per_step: int = 2  # updates every --train-frequency steps
     target_network_frequency: int = 1  # agent steps between copies to the target network
     start_e: float = 1.0  # share of random actions until learning starts
     end_e: float = 0.0  # share of random actions after the decay
-    exploration_steps: int = 2_001  # agent steps of the decay
+    exploration_steps: int = 2_001  # agent steps of the decay, once learning starts
     network: Literal["dopamine", "nature", "dopamine-x4", "impala"] = "dopamine"  # convolutions (ALE)
     # ---- algorithm
     n_step: int = 10  # rewards in a return before it bootstraps
     n_atoms: int = 51  # returns on which the distribution has its mass
     v_min: float = -10.0  # smallest of these returns
     v_max: float = 10.0  # largest of these returns
-    noisy_sigma: float = 0.5  # initial size of this noise, times the root of a layer's inputs
-    image_pad: int = 4  # largest shift of an image in a batch, in pixels (0: none)
+    noisy_sigma: float = 0.5  # initial size of the noise, times the root of a layer's inputs
+    image_pad: int = 4  # largest shift of an image, in pixels (0: none)
     intensity: float = 0.05  # standard deviation of the factor on an image's brightness
     spr_steps: int = 5  # agent steps of prediction
     spr_weight: float = 5.0  # weight of the predictions' loss
@@ -108,7 +109,7 @@ class Args:
 class Batch(NamedTuple):
     obs: Tensor  # (batch, 4, 84, 84) bytes, or MinAtar's (batch, 10, 10, channels)
     actions: Tensor  # (batch,) int64
-    rewards: Tensor  # (batch,) discounted sum of n, fewer before a termination
+    rewards: Tensor  # (batch,) discounted sum of n rewards, cut at a termination
     next_obs: Tensor  # like obs, n steps on; zeros after a termination
     discounts: Tensor  # (batch,) gamma^n, or 0 after a termination
     rows: np.ndarray  # (batch,) in the replay
@@ -144,13 +145,13 @@ def draw_noise(*networks: nn.Module):
 
 
 def renormalise(latents: Tensor) -> Tensor:
-    """Bring the smallest number of each row of (batch, size) to 0 and the largest to 1."""
+    """Bring the smallest number of each row, (batch, size), to 0, the largest to 1."""
     low, high = latents.aminmax(dim=1, keepdim=True)
     return (latents - low) / (high - low + 1e-5)
 
 
 class SPRNetwork(nn.Module):
-    """From observations to latents, and on to logits of the return's distribution, (batch, actions, atoms)."""
+    """From observations to latents to logits of the return's distribution, (batch, actions, atoms)."""
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args):
         super().__init__()
@@ -190,7 +191,7 @@ class SPRNetwork(nn.Module):
         return renormalise(self.transition(inputs).flatten(1))
 
     def projection(self, latents: Tensor) -> Tensor:
-        """The first dense layer, without its noise."""
+        """The first layer without its noise."""
         return nn.functional.linear(latents, self.dense[0].weight, self.dense[0].bias)
 
     def distributions(self, latents: Tensor) -> Tensor:
@@ -259,7 +260,7 @@ def latent_loss(q_network: SPRNetwork, latents: Tensor, batch: Batch, targets: T
 
 
 def prediction_loss(q_network, target_network, latents: Tensor, states: Tensor, actions: Tensor, masks: Tensor):
-    """The squared distances between predicted and true projections of the next K states, over K, (batch,): eq. 2."""
+    """Squared distances of predicted and true projections of the next K states, (batch,): equation 2."""
     predicted = []
     for step in range(masks.shape[1]):
         latents = q_network.advance(latents, actions[:, step])  # of s_{t+1+step}
@@ -268,7 +269,7 @@ def prediction_loss(q_network, target_network, latents: Tensor, states: Tensor, 
     with torch.no_grad():
         targets = target_network.projection(target_network.encode(states)).unflatten(0, masks.shape)
     cosines = nn.functional.cosine_similarity(predictions, targets, dim=2)
-    return (masks * (2 - 2 * cosines)).mean(dim=1)  # |a/|a| - b/|b||^2 = 2 - 2 cos(a, b)
+    return (masks * (2 - 2 * cosines)).mean(dim=1)  # of unit vectors: 2 - 2 cos
 
 
 def importance_weights(replay, rows: np.ndarray) -> Tensor:
@@ -312,12 +313,14 @@ def train(args: Args) -> Path:
         episode = state["episode"]
         episode_actions = state["episode_actions"]
         updates = state["updates"]
+        del state  # it keeps the file open
         # the emulator is deterministic: the same actions lead to where the run stood
         obs = reset(envs, args.seed, TRAINING, episode)
         for action in episode_actions:
             obs, rewards, *_ = envs.step(np.array([action]))
             episodic_return += float(rewards[0])
     saved_step = global_step
+    writer = make_writer(folder, args, global_step)
 
     def save_checkpoint():
         state = {name: part.state_dict() for name, part in parts.items()}
@@ -330,7 +333,6 @@ def train(args: Args) -> Path:
         writer.flush()
         save(checkpoint, state)
 
-    writer = make_writer(folder, args, global_step)
     print(f"run folder: {folder} ({device})", flush=True)
     bar = make_bar(args, global_step)
     logged_step = global_step
@@ -339,8 +341,8 @@ def train(args: Args) -> Path:
     while True:
         # ---- evaluate
         finished = global_step == args.total_timesteps
-        pausing = args.eval_frequency and global_step > 0 and global_step % args.eval_frequency == 0
-        if finished or pausing:
+        due = args.eval_frequency and global_step > 0 and global_step % args.eval_frequency == 0
+        if finished or due:  # first, so that an interrupted one is made again
             evaluate(args, make_life_env(args), q_network, global_step, device, folder, writer)
         if finished or STOPPED_BY:
             break
@@ -422,7 +424,7 @@ def train(args: Args) -> Path:
             saved_step = global_step
 
     if STOPPED_BY and args.checkpoint_frequency and saved_step != global_step:
-        print(f"stopping: writing a checkpoint of {replay.size() * replay.observations[0].nbytes / 1e6:,.1f} MB")
+        tqdm.write(f"stopping: writing a checkpoint of {replay.size() * replay.observations[0].nbytes / 1e6:,.1f} MB")
         save_checkpoint()
     bar.close()
     writer.close()
@@ -433,14 +435,15 @@ def train(args: Args) -> Path:
 # ========================= from here on the same text in every agent =========================
 # ---- flags
 def fail(message: str):
-    """Answer wrong input: one sentence on stderr, exit status 2."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    """Answer wrong input: a sentence on stderr, status 2."""
+    tqdm.write("error: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)
 
 
 def check_flags(args: Args, **ranges: tuple[float, float]):
     """Refuse numbers out of range: counts from 1 (0 where that means none), shares from 0 to 1."""
-    may_be_zero = {"seed", "noop_max", "exploration_steps", "eval_episodes", "eval_frequency", "eval_steps"}
+    ranges.setdefault("noop_max", (0, 1_000))
+    may_be_zero = {"seed", "exploration_steps", "eval_episodes", "eval_frequency", "eval_steps"}
     may_be_zero |= {"checkpoint_frequency", "diagnostics_frequency"}
     for name, value in vars(args).items():
         least = 0 if name in may_be_zero else 1
@@ -454,7 +457,7 @@ def check_flags(args: Args, **ranges: tuple[float, float]):
 
 
 # ---- environment
-TRAINING = -1  # the stream of games to learn from; an evaluation's is its step
+TRAINING = 0  # the stream of games to learn from; an evaluation's is its step
 
 
 def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
@@ -462,7 +465,7 @@ def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
 
     Rewards are the game's own. A stack has zeros before the first frame.
     """
-    if not args.env_id.startswith(("ALE/", "MinAtar/")):
+    if not re.fullmatch(r"ALE/\w+-v5|MinAtar/\w+-v1", args.env_id):
         fail(f"--env-id is {args.env_id}: it must be ALE/<Game>-v5 or MinAtar/<Game>-v1.")
     try:
         if args.env_id.startswith("MinAtar/"):
@@ -483,15 +486,14 @@ def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
             "use_fire_reset": False,
             "reward_clipping": False,
         }
-        settings.update(overrides)
-        return gym.make_vec(args.env_id, 1, "vector_entry_point", **settings)
+        return gym.make_vec(args.env_id, 1, "vector_entry_point", **(settings | overrides))
     except (gym.error.Error, OSError, AssertionError, RuntimeError) as error:
         fail(f"--env-id is {args.env_id}: {error}")
 
 
 def reset(envs, seed: int, stream: int, episode: int) -> np.ndarray:
     """Start the game that the numbers determine."""
-    sequence = np.random.SeedSequence([seed, 1 + stream, episode])
+    sequence = np.random.SeedSequence([seed, stream, episode])
     emulator_seed = int(sequence.generate_state(1)[0] >> 1)  # an int32
     if isinstance(envs, gym.vector.SyncVectorEnv):
         envs.envs[0].unwrapped.game.last_action = 0  # or its sticky action outlives a game
@@ -532,30 +534,31 @@ def make_life_env(args: Args) -> gym.vector.VectorEnv:
 class FrameReplay(ReplayBuffer):
     """SB3's replay with each frame stored once: stacks and returns are built when sampling.
 
-    Row t holds the newest frame of s_t, a_t, r_t, whether s_{t+1} is terminal, and t's place in its episode. The frame
-    of s_{t+1} is in row t + 1; after a truncation it stays there, in a row without a step. A row is ready, may be
-    sampled, once its n steps are complete (or the episode terminated in them).
+    Row t holds the newest frame of s_t, a_t, r_t, whether s_{t+1} is terminal, and its episode's age at t. The frame of
+    s_{t+1} is in row t + 1; after a truncation it stays there, in a row without a step. A row is ready (may be sampled)
+    once its n steps are complete, or the episode terminated in them.
     """
 
-    arrays = ["observations", "actions", "rewards", "terminations", "places", "ready"]
+    arrays = ["observations", "actions", "rewards", "terminations", "ages", "ready"]
     counters = ["pos", "full", "episode_steps"]
 
     def __init__(self, obs_space: gym.spaces.Box, args: Args, device, rng):
         self.stack = 4 if args.env_id.startswith("ALE/") else 1  # MinAtar's channels are one frame
         frame_shape = obs_space.shape[1:] if self.stack == 4 else obs_space.shape
-        truncated = args.total_timesteps // args.max_episode_steps  # games at most: one row more each
-        rows = min(args.buffer_size, args.total_timesteps + truncated + 6)
-        gigabytes = rows * (math.prod(frame_shape) + 24) / 1e9  # 19 of the 24 are in use
+        extra_rows = args.total_timesteps // args.max_episode_steps  # after truncations
+        rows = min(args.buffer_size, args.total_timesteps + extra_rows + 6)
+        gigabytes = rows * (math.prod(frame_shape) + 24) / 1e9  # 19 of the 24 at most
         free = psutil.virtual_memory().available / 1e9
         if gigabytes > 0.9 * free:
             fail(f"the replay takes {gigabytes:.1f} GB and {free:.1f} GB are free: lower --buffer-size.")
 
-        frame_space = gym.spaces.Box(0, 1, frame_shape, obs_space.dtype)
-        super().__init__(rows, frame_space, gym.spaces.Discrete(1), device, 1, True, False)  # each frame once
+        frames = gym.spaces.Box(0, 1, frame_shape, obs_space.dtype)  # bounds unused
+        actions = gym.spaces.Discrete(1)
+        super().__init__(rows, frames, actions, device, optimize_memory_usage=True, handle_timeout_termination=False)
         self.actions = np.zeros(rows, np.uint8)
         self.rewards = np.zeros(rows, np.float32)
         self.terminations = np.zeros(rows, bool)
-        self.places = np.full(rows, -1, np.int32)  # steps since the episode's first; -1: no step
+        self.ages = np.full(rows, -1, np.int32)  # steps since the episode's first; -1: no step
         self.ready = np.zeros(rows, bool)
         self.episode_steps = 0
         self.n_step = args.n_step
@@ -567,7 +570,7 @@ class FrameReplay(ReplayBuffer):
         row = self.pos
         following = (row + 1) % self.buffer_size
         newest = -1 if self.stack == 4 else slice(None)
-        spoiled = (row + np.arange(self.stack + 1)) % self.buffer_size  # a frame of theirs is overwritten
+        spoiled = (row + np.arange(self.stack + 1)) % self.buffer_size  # they need a frame that is written now
         self.mark(spoiled, ready=False)
 
         self.observations[row, 0] = obs[0, newest]
@@ -575,13 +578,13 @@ class FrameReplay(ReplayBuffer):
         self.actions[row] = actions[0]
         self.rewards[row] = rewards[0]
         self.terminations[row] = terminations[0]
-        self.places[row] = self.episode_steps
-        self.places[following] = -1
+        self.ages[row] = self.episode_steps
+        self.ages[following] = -1
 
-        # this step completes the window that began n - 1 steps ago; a termination, all later ones too
-        fewest = 0 if terminations[0] else self.n_step - 1
-        most = min(self.n_step - 1, self.episode_steps)
-        complete = (row - np.arange(fewest, most + 1)) % self.buffer_size
+        # steps back to the windows that end here: of n steps, and of fewer if this one terminates
+        nearest = 0 if terminations[0] else self.n_step - 1
+        farthest = min(self.n_step - 1, self.episode_steps)
+        complete = (row - np.arange(nearest, farthest + 1)) % self.buffer_size
         self.mark(complete, ready=True)
 
         ended = terminations[0] or truncations[0]
@@ -606,33 +609,33 @@ class FrameReplay(ReplayBuffer):
         steps = np.arange(self.n_step)
         window = (rows[:, None] + steps) % self.buffer_size  # (batch, n)
         alive = np.cumprod(~self.terminations[window], axis=1)  # 1 up to the termination
-        counted = np.insert(alive[:, :-1], 0, 1, axis=1)  # its own reward is the last
+        counted = np.insert(alive[:, :-1], 0, 1, axis=1)  # the terminating step's reward still counts
         rewards = (self.rewards[window] * counted * self.gamma**steps).sum(axis=1)
         discounts = self.gamma**self.n_step * alive[:, -1]
-        next_places = np.where(alive[:, -1], self.places[rows] + self.n_step, -1)
+        next_ages = np.where(alive[:, -1], self.ages[rows] + self.n_step, -1)
         return Batch(
-            self.stacks(rows, self.places[rows]),
+            self.stacks(rows, self.ages[rows]),
             self.to_torch(self.actions[rows]).long(),
             self.to_torch(rewards).float(),
-            self.stacks(rows + self.n_step, next_places),
+            self.stacks(rows + self.n_step, next_ages),
             self.to_torch(discounts).float(),
             rows,
         )
 
-    def stacks(self, rows: np.ndarray, places: np.ndarray) -> Tensor:
+    def stacks(self, rows: np.ndarray, ages: np.ndarray) -> Tensor:
         """Gather the observations at `rows` (batch,), with zeros for frames older than the episode."""
         back = np.arange(self.stack)[::-1]  # oldest first
         frames = self.observations[(rows[:, None] - back) % self.buffer_size, 0]
-        frames[back > places[:, None]] = 0
+        frames[back > ages[:, None]] = 0
         return self.to_torch(frames if self.stack == 4 else frames[:, 0], copy=False)
 
     def probe(self) -> Tensor:
         """Draw 256 observations, by a generator of their own."""
         rows = np.random.default_rng(self.pos).choice(np.flatnonzero(self.ready), 256)
-        return self.stacks(rows, self.places[rows])
+        return self.stacks(rows, self.ages[rows])
 
     def state_dict(self) -> dict:
-        """Return all that changes, not copied; of the rows those in use."""
+        """Return all that changes, not copied; only rows in use."""
         used = self.buffer_size if self.full else self.pos + 1
         state = {name: getattr(self, name) for name in self.counters}
         for name in self.arrays:
@@ -699,15 +702,15 @@ class SequenceReplay(PrioritizedReplay):
         """Return s_{t+1} to s_{t+K} (batch * K, ...), K actions, and masks: 0 once the episode has terminated."""
         window = (rows[:, None] + np.arange(steps)) % self.buffer_size
         alive = np.cumprod(~self.terminations[window], axis=1)
-        places = self.places[rows][:, None] + np.arange(1, steps + 1)
-        places = np.where(alive, places, -1)
-        states = self.stacks(window.flatten() + 1, places.flatten())
+        ages = self.ages[rows][:, None] + np.arange(1, steps + 1)
+        ages = np.where(alive, ages, -1)
+        states = self.stacks(window.flatten() + 1, ages.flatten())
         return states, self.to_torch(self.actions[window]).long(), self.to_torch(alive).float()
 
 
 # ---- network
 class Pixels(nn.Module):
-    """From bytes to shares of 255, from MinAtar's layout to (batch, channels, 10, 10)."""
+    """Bytes to 0..1, MinAtar's channels to the front; augmented images are so already."""
 
     def forward(self, obs: Tensor) -> Tensor:
         if obs.dtype == torch.bool:
@@ -722,10 +725,10 @@ class Residual(nn.Sequential):
 
 def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequential, int, int]:
     """Return the convolutions, the length of their output, and the width of the next layer."""
-    width = 512
-    if obs_shape[:2] == (10, 10):  # MinAtar: Young and Tian, 2019
+    minatar = obs_shape[:2] == (10, 10)
+    width = 128 if minatar else 512
+    if minatar:  # Young and Tian, 2019
         layers = [nn.Conv2d(obs_shape[2], 16, 3)]
-        width = 128
     elif network == "impala":  # Espeholt et al., 2018, figure 3: 84 -> 42 -> 21 -> 11
         layers, inputs = [], 4
         for channels, padding in [(16, 0), (32, 0), (32, 1)]:  # as SAME pads 84, 42 and 21
@@ -745,7 +748,7 @@ def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequ
         third = nn.Conv2d(64 * wide, 64 * wide, 3, padding=1)
         layers = [first, nn.ReLU(), nn.ZeroPad2d((1, 2, 1, 2)), second, nn.ReLU(), third]
     convolutions = nn.Sequential(Pixels(), *layers, nn.ReLU(), nn.Flatten())
-    obs = torch.zeros(1, *obs_shape, dtype=torch.bool if width == 128 else torch.uint8)
+    obs = torch.zeros(1, *obs_shape, dtype=torch.bool if minatar else torch.uint8)
     return convolutions, convolutions(obs).shape[1], width
 
 
@@ -765,7 +768,7 @@ def diagnose(q_network: nn.Module, obs: Tensor, updates: list[list[float]]) -> d
         if isinstance(network.get_submodule(name), nn.ReLU):
             activity = output.movedim(1, 0).flatten(1).abs().mean(dim=1)  # of every unit or channel
             dormant.append(activity <= 0.025 * activity.mean())
-    features = outputs["dense"].unflatten(0, (len(obs), -1)).mean(dim=1)  # iqn.py has many
+    features = outputs["dense"].unflatten(0, (len(obs), -1)).mean(dim=1)  # iqn.py has one for each tau
     singular_values = torch.linalg.svdvals(features)
     below = singular_values.cumsum(0) < 0.99 * singular_values.sum()
     losses, gradient_norms = np.array(updates).T
@@ -845,7 +848,7 @@ def differences(recorded: dict, args: Args) -> list[str]:
 
 
 def make_writer(folder: Path, args: Args, global_step: int) -> SummaryWriter:
-    """Open the log; what a killed run had logged after `global_step` is superseded."""
+    """Open the log; what was logged after `global_step` is superseded."""
     if args.track:
         import wandb
 
@@ -858,9 +861,8 @@ def make_writer(folder: Path, args: Args, global_step: int) -> SummaryWriter:
 
 def make_bar(args: Args, global_step: int) -> tqdm:
     """A progress bar; a plain line a minute where the output is no terminal."""
-    if sys.stderr.isatty():
-        looks = {"dynamic_ncols": True}
-    else:
+    looks = {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
         looks = {"file": PlainLines(), "ncols": 0, "mininterval": 60, "maxinterval": 60}
     return tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", **looks)
 
@@ -879,8 +881,7 @@ def check_finite(loss: Tensor, global_step: int, checkpoint: Path):
 
 
 def random_states(rng: np.random.Generator) -> dict:
-    cuda = torch.cuda.get_rng_state_all()
-    return {"numpy": rng.bit_generator.state, "torch": torch.get_rng_state(), "cuda": cuda}
+    return {"numpy": rng.bit_generator.state, "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def set_random_states(rng: np.random.Generator, states: dict):
@@ -905,14 +906,14 @@ def save(path: Path, state: dict):
 
 
 def load_checkpoint(path: Path, args: Args) -> dict:
-    """Read a checkpoint of the same flags; its tensors stay on the disk until they are copied."""
+    """Read a checkpoint of the same flags; tensors stay on the disk until they are copied."""
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state["optimizer"] = copy.deepcopy(state["optimizer"])  # it would keep the tensors, and so the file
         others = differences(state["args"], args)
-    except Exception as error:  # there are a dozen ways to be damaged or foreign
+    except Exception as error:  # a dozen ways to be damaged or foreign
         fail(f"{path} cannot be read as a checkpoint: {error}")
     if others:
         fail(f"{path.parent} was run with {' '.join(others)}: give the same flags.")
@@ -925,19 +926,18 @@ STOPPED_BY: list[int] = []  # signals
 def stop(number: int, _frame):
     """Let the run end at its next step; a second Ctrl-C ends it at once."""
     STOPPED_BY.append(number)
-    if number == signal.SIGINT:  # some programs send SIGTERM twice
+    if number == signal.SIGINT:  # SIGTERM may come twice
         signal.signal(number, signal.SIG_DFL)
 
 
 def finish(folder: Path, global_step: int):
     """Mark a run as finished, or say how to go on with it."""
-    if not STOPPED_BY:
-        (folder / "finished").touch()
-        return
-    there = (folder / "checkpoint.pt").exists()
-    how = f"go on with --resume {folder} and the same flags" if there else "there is no checkpoint"
-    print(f"stopped at step {global_step:,}: {how}")
-    sys.exit(128 + STOPPED_BY[0])
+    if STOPPED_BY:
+        there = (folder / "checkpoint.pt").exists()
+        how = f"go on with --resume {folder} and the same flags" if there else "there is no checkpoint"
+        print(f"stopped at step {global_step:,}: {how}")
+        sys.exit(128 + STOPPED_BY[0])
+    (folder / "finished").touch()
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def study_of(args: Common, cache: Path | None):
     by = by or ["agent", *["batch_size"] * any("batch_size" in run.settings for run in runs)]
     normalize = args.normalize
     if normalize == "auto":
-        normalize = "human" if any(run.game in read_baselines() for run in runs) else "none"
+        baselines = read_baselines()
+        normalize = "human" if any(run.game in baselines for run in runs) else "none"
     return make_study(runs, by, normalize)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from analysis import statistics
 from analysis.results import find_group, per_game_gains
 from analysis.runs import BadInput
-from analysis.scores import Study, read_random
+from analysis.scores import Group, Study, read_random
 
 
 def compare(study: Study, first: str, second: str, resamples: int, rng: np.random.Generator) -> str:
@@ -24,10 +24,10 @@ def compare(study: Study, first: str, second: str, resamples: int, rng: np.rando
         for group, interval in zip((a, b), found, strict=True):
             point = interval[name]
             title = statistics.METRICS[name].title if group is a else ""
-            lines.append(f"{title:15} {group.label:{width}}  {point.point:9.3f}   [{point.low:.3f}, {point.high:.3f}]")
+            ends = f"[{point.low:.3f}, {point.high:.3f}]{study.mark(group)}"
+            lines.append(f"{title:15} {group.label:{width}}  {point.point:9.3f}   {ends}")
     lines += ["", f"A run of {a.label} beats one of {b.label} on the same game with probability {better.point:.2f}"]
-    single = any(len(scores) == 1 for scores in (*ours, *theirs))
-    lines[-1] += f" [{better.low:.2f}, {better.high:.2f}]: {verdict(better, single)}."
+    lines[-1] += f" [{better.low:.2f}, {better.high:.2f}]{study.mark(a, b)}: {verdict(study, a, b, better)}."
     gains = per_game_gains(a, b, study.games)
     for word, chosen in (
         ("won", [game for game in gains if gains[game] > 0]),
@@ -37,16 +37,18 @@ def compare(study: Study, first: str, second: str, resamples: int, rng: np.rando
         if chosen:
             ordered = sorted(chosen, key=lambda game: -abs(gains[game]))
             lines.append(f"{a.label} {word} {len(chosen)}: {', '.join(f'{g} {gains[g]:+,.0f}%' for g in ordered)}")
-    unknown = [game for game in gains if game not in read_random()]
+    random_play = read_random()
+    unknown = [game for game in gains if game not in random_play]
     zero = f"; random play counts as 0 in {', '.join(unknown)}" if unknown else ""
     lines.append(f"(percent of what {b.label} gains on random play{zero})")
     return "\n".join([*lines, *([""] if study.notes else []), *study.notes])
 
 
-def verdict(better: statistics.Interval, single: bool) -> str:
-    """In words, whether an interval of the probability of improvement lies on one side of a half."""
-    if single:  # the interval knows nothing of its spread
-        return "a game with a single seed does not tell how much of that is noise"
+def verdict(study: Study, a: Group, b: Group, better: statistics.Interval) -> str:
+    """Say whether the interval of the probability of improvement lies on one side of a half, if the runs are enough."""
+    if study.mark(a, b):
+        counts = f"{study.fewest(a)} of {a.label} and {study.fewest(b)} of {b.label} in the game that has fewest"
+        return f"there are too few runs to tell ({counts}; it takes at least {statistics.ENOUGH_RUNS} of each)"
     if better.low > 0.5:
         return "the first is better, beyond the noise of the seeds"
     if better.high < 0.5:

@@ -39,7 +39,9 @@ class Results:
     @property
     def caption(self) -> str:
         """What every figure says of its data."""
-        return f"{self.counted(self.study.scored)}, 95% stratified bootstrap intervals"
+        few = f" (†: fewer than {statistics.ENOUGH_RUNS} in a game, too few to tell)"
+        marked = few if self.study.mark(*self.study.groups) else ""
+        return f"{self.counted(self.study.scored)}{marked}, 95% stratified bootstrap intervals"
 
     def counted(self, games: list[str]) -> str:
         """How many games and seeds."""
@@ -114,6 +116,14 @@ class Table:
     digits: int = 3
 
 
+RUNS = ["fewest runs", "too few"]  # columns beside every interval
+
+
+def _runs(study: Study, *groups: Group) -> list:
+    """Runs in the game that has fewest, and a dagger if they are too few."""
+    return [study.fewest(*groups), study.mark(*groups).strip()]
+
+
 def tables(results: Results) -> list[Table]:
     """All tables, the most important first."""
     study, made = results.study, []
@@ -121,16 +131,19 @@ def tables(results: Results) -> list[Table]:
     for group in results.ordered:
         for name, found in results.aggregates[group.label].items():
             title = statistics.METRICS[name].title
-            rows.append([group.label, title, float(found.point), float(found.low), float(found.high)])
-    made.append(Table("aggregates", f"Aggregates ({study.unit})", ["setting", "metric", "value", "low", "high"], rows))
+            ends = [float(found.point), float(found.low), float(found.high)]
+            rows.append([group.label, title, *ends, *_runs(study, group)])
+    columns = ["setting", "metric", "value", "low", "high", *RUNS]
+    made.append(Table("aggregates", f"Aggregates ({study.unit})", columns, rows))
     if results.others:
         rows = []
         for group in results.others:
             found, gains = results.improvement[group.label], results.gains[group.label]
             won = sum(gain > 0 for gain in gains.values())
             lost = sum(gain < 0 for gain in gains.values())
-            rows.append([group.label, float(found.point), float(found.low), float(found.high), won, lost])
-        columns = ["setting", "probability of improvement", "low", "high", "games won", "games lost"]
+            ends = [float(found.point), float(found.low), float(found.high)]
+            rows.append([group.label, *ends, *_runs(study, group, results.reference), won, lost])
+        columns = ["setting", "probability of improvement", "low", "high", *RUNS, "games won", "games lost"]
         made.append(Table("improvement", f"Against {results.reference.label}", columns, rows))
     rows = []
     for game in study.games:
@@ -145,11 +158,12 @@ def tables(results: Results) -> list[Table]:
     rows = []
     for group in results.ordered:
         found = results.curves[group.label]
-        hours = results.hours.get(group.label)
+        hours, marks = results.hours.get(group.label), _runs(study, group)
         for i, frames in enumerate(results.frames):
             ends = [float(found.point[i]), float(found.low[i]), float(found.high[i])]
-            rows.append([group.label, int(frames), *ends, float(hours[i]) if hours is not None else None])
-    made.append(Table("curves", "IQM against frames", ["setting", "frames", "IQM", "low", "high", "hours"], rows))
+            rows.append([group.label, int(frames), *ends, *marks, float(hours[i]) if hours is not None else None])
+    columns = ["setting", "frames", "IQM", "low", "high", *RUNS, "hours"]
+    made.append(Table("curves", "IQM against frames", columns, rows))
     rows = []
     for group in results.ordered:
         for game in study.games:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.runs import BadInput, Folder, Series
-from analysis.statistics import METRICS
+from analysis.statistics import ENOUGH_RUNS, METRICS
 
 DATA = Path(__file__).resolve().parent / "data"
 COLUMNS = ("agent", "game", "seed", "frames", "score")  # of a long table; all others but IGNORED are settings
@@ -222,6 +222,14 @@ class Study:
         counts = sorted({len(runs) for group in self.groups for runs in group.runs.values()})
         return "1 seed" if counts == [1] else f"{'-'.join(map(str, sorted({counts[0], counts[-1]})))} seeds"
 
+    def fewest(self, *groups: Group) -> int:
+        """How many runs of these groups the game has that has fewest: a resample draws within each game."""
+        return min(len(group.runs[game]) for group in groups for game in self.scored)
+
+    def mark(self, *groups: Group) -> str:
+        """What stands after an interval of these groups: a dagger if it rests on too few runs."""
+        return " †" if self.fewest(*groups) < ENOUGH_RUNS else ""
+
 
 def read_random() -> dict[str, float]:
     """{game: score of random play} of the games for which it is known."""
@@ -287,7 +295,11 @@ def make_study(runs: list[Run], by: list[str], normalize: str) -> Study:
         groups.append(Group(keys[label], label, chosen, raw, {}, hours))
     scored, unit = _normalise(groups, games, normalize, notes)
     metrics = [name for name in METRICS if normalize != "none" or name != "optimality_gap"]
-    return Study(by, groups, games, scored, frames, unit, notes, metrics)
+    study = Study(by, groups, games, scored, frames, unit, notes, metrics)
+    if few := [f"{group.label} ({study.fewest(group)})" for group in groups if study.mark(group)]:
+        which = f"which rest on fewer than {ENOUGH_RUNS} runs in a game"
+        notes.append(f"Warning: too few runs to tell from the intervals marked †, {which}: {_listed(few)}.")
+    return study
 
 
 def _at(run: Run, frames: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -374,15 +386,13 @@ def _common_frames(collected: dict[str, list[Run]], notes: list[str]) -> np.ndar
 
 
 def _note_missing_seeds(label: str, chosen: dict[str, list[Run]], seeds: dict[str, set[int]], notes: list[str]) -> None:
-    """Name the seeds that another game or setting has and this has not, and games of a single seed."""
+    """Name the seeds that another game or setting has and this has not."""
     every, lacking = set.union(*seeds.values()), defaultdict(list)
     for game, found in chosen.items():
         if missing := sorted(every - {run.seed for run in found}):
             lacking[_listed(map(str, missing), 30)].append(game)
     for missing, games in lacking.items():
         notes.append(f"{label}: no seed {missing} of {_listed(games)}.")
-    if single := [game for game, found in chosen.items() if len(found) == 1]:
-        notes.append(f"{label}: a single seed, which tells nothing of the spread, of {_listed(single)}.")
 
 
 def _note_protocols(label: str, runs: list[Run], notes: list[str]) -> None:

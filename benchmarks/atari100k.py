@@ -33,10 +33,9 @@ class Args:
 
 def score(folder: Path) -> tuple[str, str, int, float] | None:
     """Agent, game, seed and score of a finished run of 100,000 steps on ALE; None for any other."""
-    try:
-        record = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError):
+    if not (folder / "finished").exists():
         return None
+    record = json.loads((folder / "args.json").read_text())
     flags = record["args"]
     if record["agent"] not in NAMES or "ALE/" not in flags["env_id"] or flags["total_timesteps"] != 100_000:
         return None
@@ -44,13 +43,13 @@ def score(folder: Path) -> tuple[str, str, int, float] | None:
     events.Reload()
     if "eval/episodic_return" not in events.Tags()["scalars"]:
         return None
-    last = events.Scalars("eval/episodic_return")[-1]
     game = flags["env_id"].removeprefix("ALE/").removesuffix("-v5")
-    return (record["agent"], game, flags["seed"], last.value) if last.step == 100_000 else None
+    return record["agent"], game, flags["seed"], events.Scalars("eval/episodic_return")[-1].value
 
 
-def main(args: Args) -> None:
-    found = sorted(x for x in (score(folder) for folder in args.runs) if x)
+def main(args: Args):
+    scores = [score(folder) for folder in args.runs]
+    found = sorted(line for line in scores if line)
     if not found:
         print("error: none of these folders is a finished run of 100,000 steps of der, drq_eps or spr", file=sys.stderr)
         raise SystemExit(2)
@@ -60,7 +59,8 @@ def main(args: Args) -> None:
     print("|-|-|-|-|-|-|-|-|")
     pairs = sorted({(agent, game) for agent, game, *_ in found})
     figure, axes = plt.subplots(figsize=(7, 0.7 + 0.8 * len(pairs)), layout="constrained", squeeze=False)
-    axes, rng = axes[0, 0], np.random.default_rng(0)
+    axes = axes[0, 0]
+    rng = np.random.default_rng(0)
     for place, (agent, game) in enumerate(pairs):
         wanted = (NAMES[agent], game)
         runs = np.array([float(row["score"]) for row in published if (row["agent"], row["game"]) == wanted])
@@ -70,16 +70,16 @@ def main(args: Args) -> None:
             below = f"{(runs < value).sum()} of {len(runs)}"
             spread = f"{quarter:.1f} to {three:.1f} | {low:.1f} to {high:.1f}"
             print(f"| {agent} | {game} | {seed} | {value:.2f} | {median:.1f} | {spread} | {below} |")
-        label = {"published": "a published run", "ours": "a run of ours"} if place == 0 else {}
         heights = place + rng.uniform(-0.25, 0.25, len(runs))
-        axes.plot(runs, heights, "o", color="0.6", markersize=3, label=label.get("published"))
         values = [value for _, value in ours]
-        axes.plot(values, [place] * len(ours), "D", color="C3", markersize=8, label=label.get("ours"))
+        gray = axes.plot(runs, heights, "o", color="0.6", markersize=3)
+        red = axes.plot(values, [place] * len(ours), "D", color="C3", markersize=8)
     axes.set_yticks(range(len(pairs)), [f"{NAMES[agent]}, {game}" for agent, game in pairs])
     axes.set_ylim(len(pairs) - 0.5, -0.5)
     axes.set_xlabel("mean return of 100 evaluation games after 100,000 steps")
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
+    labels = ["a published run", "a run of ours"]
+    figure.legend([*gray, *red], labels, loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(args.out, dpi=150)
     print(args.out)
 

@@ -1,6 +1,7 @@
-"""How fast the analysis is: intervals beside rliable's on the same cores, and the reading of run folders.
+"""How fast the analysis is: intervals beside rliable's on the same cores, a report, and the reading of run folders.
 
     python benchmarks/bootstrap.py            # intervals, alternately with rliable, medians of three rounds
+    python benchmarks/bootstrap.py --report   # a report of 7,315 scores of 55 games, seconds and seconds of a core
     python benchmarks/bootstrap.py --reading  # 240 synthetic runs of 25 million steps, read twice (3 GB in a folder)
 
 Two cases of intervals: the IQM of 26 games x 100 runs with 50,000 resamples, and an IQM curve of 60 games x 5 seeds x
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 @dataclass
 class Args:
     rounds: int = 3  # times that each is measured
+    report: bool = False  # measure a report instead of intervals
     reading: bool = False  # measure the reading of run folders instead of intervals
     folders: int = 240  # runs to read
     games: int = 25_000  # games that each has logged
@@ -95,6 +98,27 @@ def intervals(args: Args) -> None:
             np.testing.assert_allclose(np.ravel(a), np.ravel(b), atol=0.02)  # the same thing was measured
 
 
+def report(args: Args) -> None:
+    """Seven settings, 55 games, 19 seeds, one score each: as large as the tables that were published with BBF."""
+    from analysis.scores import read_baselines
+
+    rng, rows = np.random.default_rng(0), ["agent,game,seed,frames,score"]
+    games = list(read_baselines())[:55]
+    for agent in "ABCDEFG":
+        for game in games:
+            rows += [f"{agent},{game},{seed},400000,{rng.gamma(1.0, 1_000.0)}" for seed in range(19)]
+    with tempfile.TemporaryDirectory(prefix="analysis-") as name:
+        table, out = Path(name) / "scores.csv", Path(name) / "results"
+        table.write_text("\n".join(rows) + "\n")
+        command = [sys.executable, "-m", "analysis", "--scores", str(table), "--out", str(out)]
+        for _ in range(args.rounds):
+            before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+            busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            print(f"report of {len(rows) - 1:,} rows and {len(games)} games: {seconds:.1f} s, {busy:.1f} s of a core")
+
+
 def synthetic(folder: Path, games: int) -> None:
     """Write a run folder of 25 million steps as the agents do, with `games` games."""
     from torch.utils.tensorboard import SummaryWriter
@@ -139,4 +163,5 @@ def reading(args: Args) -> None:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Args, description=__doc__)
-    (reading if arguments.reading else intervals)(arguments)
+    chosen = reading if arguments.reading else report if arguments.report else intervals
+    chosen(arguments)

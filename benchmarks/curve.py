@@ -24,7 +24,7 @@ class Args:
     window: int = 20  # games in the running mean
 
 
-def main(args: Args) -> None:
+def main(args: Args):
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, folder in enumerate(args.runs):
         try:
@@ -34,26 +34,26 @@ def main(args: Args) -> None:
             raise SystemExit(2) from None
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         events.Reload()
-        frames_per_step = record["frames_per_step"]
+        millions = record["frames_per_step"] / 1e6  # of frames in a step
+        if "charts/episodic_return" not in events.Tags()["scalars"]:
+            print(f"error: {folder} has no game that was played to its end", file=sys.stderr)
+            raise SystemExit(2)
         games = events.Scalars("charts/episodic_return")
-        frames = np.array([game.step for game in games]) * frames_per_step / 1e6
+        frames = np.array([game.step for game in games]) * millions
         returns = np.array([game.value for game in games])
         window = min(args.window, len(returns))
         means = np.convolve(returns, np.ones(window) / window, mode="valid")
-        colour, flags = f"C{number}", record["args"]
+        colour = f"C{number}"
+        flags = record["args"]
         name = f"{record['agent']}, batch {flags['batch_size']}, seed {flags['seed']}"
         axes.plot(frames, returns, ".", color=colour, alpha=0.25, markersize=3)
         axes.plot(frames[window - 1 :], means, color=colour, label=f"{name}: mean of {window} training games")
         if "eval/episodic_return" in events.Tags()["scalars"]:
             evaluations = events.Scalars("eval/episodic_return")
-            axes.plot(
-                [e.step * frames_per_step / 1e6 for e in evaluations],
-                [e.value for e in evaluations],
-                "D",
-                color=colour,
-                markeredgecolor="black",
-                label=f"{name}: evaluation, {flags['eval_episodes']} games at epsilon {flags['eval_epsilon']}",
-            )
+            steps = np.array([evaluation.step for evaluation in evaluations])
+            means = [evaluation.value for evaluation in evaluations]
+            label = f"{name}: evaluation, {flags['eval_episodes']} games at epsilon {flags['eval_epsilon']}"
+            axes.plot(steps * millions, means, "D", color=colour, markeredgecolor="black", label=label)
         axes.set_title(flags["env_id"])
     axes.set_xlabel("emulator frames (millions)")
     axes.set_ylabel("return of a full game, unclipped")

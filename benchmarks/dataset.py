@@ -35,12 +35,15 @@ class Args:
     folder: Path | None = None  # for the files (default: a temporary one)
 
 
-def play(envs, steps: int) -> tuple[np.ndarray, ...]:
+def play(envs, steps: int) -> dict[str, np.ndarray]:
     """Frames, actions, rewards and terminals of random play, with three rows of zeros before each game."""
-    rng, rows, game = np.random.default_rng(0), [], 0
+    rng = np.random.default_rng(0)
+    rows = []
+    game = 0
     while len(rows) < steps:
-        obs, done = cql_offline.reset(envs, 0, 0, game), False
+        obs = cql_offline.reset(envs, 0, 0, game)
         rows += [(np.zeros((84, 84), np.uint8), 0, 0.0, 0)] * 3
+        done = False
         while not done:
             actions = rng.integers(envs.single_action_space.n, size=1)
             next_obs, rewards, terminations, truncations, _ = envs.step(actions)
@@ -49,14 +52,18 @@ def play(envs, steps: int) -> tuple[np.ndarray, ...]:
             obs = next_obs
         game += 1
     frames, actions, rewards, terminals = zip(*rows, strict=True)
-    return np.stack(frames), np.int32(actions), np.float32(rewards), np.uint8(terminals)
+    return {
+        "observation": np.stack(frames),
+        "action": np.int32(actions),
+        "reward": np.float32(rewards),
+        "terminal": np.uint8(terminals),
+    }
 
 
-def write(folder: Path, arrays: tuple[np.ndarray, ...], args: Args) -> None:
+def write(folder: Path, arrays: dict[str, np.ndarray], args: Args):
     """Write checkpoint 0, and give its files the other numbers as well."""
-    names = ["$store$_observation", "$store$_action", "$store$_reward", "$store$_terminal"]
-    for name, array in zip(names, arrays, strict=True):
-        with gzip.open(folder / f"{name}_ckpt.0.gz", "wb", compresslevel=6) as file:
+    for name, array in arrays.items():
+        with gzip.open(folder / f"$store$_{name}_ckpt.0.gz", "wb", compresslevel=6) as file:
             header = {"descr": array.dtype.str, "fortran_order": False, "shape": (args.rows, *array.shape[1:])}
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, args.rows, len(array)):
@@ -72,42 +79,60 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
-def main(args: Args) -> None:
+def measure_loading(flags, envs, args: Args) -> list:
+    """Load the dataset, print what that takes, and return the replays."""
+    before = resident()
+    start = time.monotonic()
+    numbers = cql_offline.find_checkpoints(flags)
+    loaded = {}
+    space = envs.single_observation_space
+    rng = np.random.default_rng(0)
+    cql_offline.load(numbers, loaded, space, int(envs.single_action_space.n), flags, torch.device("cpu"), rng)
+    seconds = time.monotonic() - start
+    replays = list(loaded.values())
+    rows = sum(replay.buffer_size for replay in replays)
+    packed = np.mean([len(replay.packed) for replay in replays]) / args.rows
+    raw = args.checkpoints * args.rows * 84 * 84 / 1e9
+    print(f"{args.checkpoints} checkpoints, {rows:,} transitions, {raw:.1f} GB of frames: loaded in {seconds:.0f} s")
+    print(f"on {os.cpu_count()} cores, {resident() - before:.2f} GB of memory, {packed:.0f} bytes a frame")
+    return replays
+
+
+def measure_updates(flags, replays: list, num_actions: int, rounds: int) -> tuple[float, float]:
+    """Milliseconds to make a batch, and of the update with it."""
+    q_network = cql_offline.OfflineNetwork((4, 84, 84), num_actions, flags)
+    q_network.to(memory_format=torch.channels_last)
+    target_network = copy.deepcopy(q_network)
+    optimizer = torch.optim.Adam(q_network.parameters(), fused=True)
+    batches = []
+    updates = []
+    for number in range(rounds):
+        start = time.perf_counter()
+        batch = replays[number % len(replays)].sample(flags.batch_size)
+        middle = time.perf_counter()
+        targets = cql_offline.offline_target(q_network, target_network, batch)
+        td_losses, *_ = cql_offline.offline_loss(q_network, batch, targets, flags)
+        optimizer.zero_grad()
+        td_losses.mean().backward()
+        optimizer.step()
+        batches.append(middle - start)
+        updates.append(time.perf_counter() - middle)
+    return 1e3 * statistics.median(batches), 1e3 * statistics.median(updates)
+
+
+def main(args: Args):
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        folder = Path(name)
         flags = cql_offline.Args(env_id=f"ALE/{args.game}-v5", dataset_dir=name, num_checkpoints=args.checkpoints)
-        envs, device = cql_offline.make_env(flags), torch.device("cpu")
+        envs = cql_offline.make_env(flags)
         start = time.monotonic()
-        write(folder, play(envs, args.steps), args)
-        size = (folder / "$store$_observation_ckpt.0.gz").stat().st_size
-        print(f"made in {time.monotonic() - start:.0f} s; the frames of a checkpoint are a file of {size / 1e9:.3f} GB")
-        before, start = resident(), time.monotonic()
-        rng, loaded = np.random.default_rng(0), {}
-        cql_offline.load(cql_offline.find_checkpoints(flags), loaded, envs, flags, device)
-        replays = list(loaded.values())
-        seconds, packed = time.monotonic() - start, np.mean([len(replay.packed) for replay in replays])
-        raw = args.checkpoints * args.rows * 84 * 84 / 1e9
-    rows = sum(len(replay.age) for replay in replays)
-    print(
-        f"{args.checkpoints} checkpoints, {rows:,} transitions, {raw:.1f} GB of frames: loaded in {seconds:.0f} s on "
-        f"{os.cpu_count()} cores, {resident() - before:.2f} GB of memory, {packed / args.rows:.0f} bytes a frame"
-    )
-    network = cql_offline.OfflineNetwork((4, 84, 84), int(envs.single_action_space.n), flags)
-    target_network, optimizer = copy.deepcopy(network), torch.optim.Adam(network.parameters(), fused=True)
+        write(Path(name), play(envs, args.steps), args)
+        size = (Path(name) / "$store$_observation_ckpt.0.gz").stat().st_size / 1e9
+        print(f"made in {time.monotonic() - start:.0f} s; the frames of a checkpoint are a file of {size:.3f} GB")
+        replays = measure_loading(flags, envs, args)
     for batch_size in (8, 32):
-        times = {"batch": [], "update": []}
-        for _ in range(args.rounds):
-            start = time.perf_counter()
-            batch = replays[rng.integers(len(replays))].sample(batch_size, rng)
-            middle = time.perf_counter()
-            targets = cql_offline.offline_target(network, target_network, batch)
-            optimizer.zero_grad()
-            cql_offline.offline_loss(network, batch, targets, flags)[0].mean().backward()
-            optimizer.step()
-            times["batch"].append(middle - start)
-            times["update"].append(time.perf_counter() - middle)
-        batch_time, update_time = [1e3 * statistics.median(values) for values in times.values()]
-        print(f"batch size {batch_size}: {batch_time:.2f} ms to make a batch, {update_time:.1f} ms for the update")
+        flags.batch_size = batch_size
+        batch, update = measure_updates(flags, replays, int(envs.single_action_space.n), args.rounds)
+        print(f"batch size {batch_size}: {batch:.2f} ms to make a batch, {update:.1f} ms for the update")
 
 
 if __name__ == "__main__":

@@ -2,20 +2,18 @@
 
     python benchmarks/offline.py --jobs 2
 
-records 500,000 steps of dqn.py in each game (some ten minutes), cuts out the last tenth of them as a second, narrow
-dataset, and trains each algorithm on both, with one-step and three-step returns, batches of 8 and 32, three seeds. The
-score of a run is its last evaluation. Results are added to benchmarks/results/offline.csv as they come; runs that are
-there are not made again. The table has the IQM over games and seeds, in shares of what the behaviour policy (mean of
-the recorded games) and the DQN that was recorded (its last 100 games) gained on random play, and the probability that a
-run beats one of dqn, offline, with the same settings. MinAtar's settings are Dopamine's.
+trains dqn.py for 500,000 steps in each game with a replay that keeps them all, exports it as a dataset, cuts out the
+last tenth of the steps as a second, narrow one, and trains each algorithm on both, with one-step and three-step
+returns, batches of 8 and 32, three seeds. The score of a run is its last evaluation. Results are added to
+benchmarks/results/offline.csv as they come; runs that are there are not made again. The table has the IQM over games
+and seeds, in shares of what the behaviour policy (mean of the recorded games) and the DQN that was recorded (its last
+100 games) gained on random play, and the probability that a run beats one of dqn, offline, with the same settings.
+MinAtar's settings are Dopamine's.
 """
 
 import csv
 import gzip
-import json
-import os
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,20 +26,24 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from learning import FLAGS, ROOT, add_row, random_play, scalars
+from learning import FLAGS, ROOT, add_row, call, commit_of, known, random_play, scalars, train
 
 sys.path.insert(0, str(ROOT))
 from analysis.figures import COLOURS, MARKERS, STYLE
 from analysis.statistics import Interval, estimate, probability_of_improvement
 
 RESULTS = ROOT / "benchmarks" / "results" / "offline.csv"
-RECORDINGS = RESULTS.with_name("offline_recordings.csv")
 LEVELS = ["random", "all", "last tenth", "dqn"]  # mean returns: random play, recorded games, DQN's last 100 games
 KEYS = ["game", "data", "algorithm", "n_step", "batch_size", "seed", "total_timesteps"]  # what tells results apart
 DATA = ["all", "last tenth"]
 SETTINGS = {
-    **{"learning_rate": 2.5e-4, "adam_eps": 3.125e-4, "target_network_frequency": 1_000, "data_fraction": 1.0},
-    **{"v_min": -100.0, "v_max": 100.0, "eval_steps": 10_000},
+    "learning_rate": 2.5e-4,
+    "adam_eps": 3.125e-4,
+    "target_network_frequency": 1_000,
+    "data_fraction": 1.0,
+    "v_min": -100.0,
+    "v_max": 100.0,
+    "eval_steps": 10_000,
 }
 NAMES = ("observation", "action", "reward", "terminal")
 
@@ -57,93 +59,96 @@ class Args:
     recorded_steps: int = 500_000  # agent steps of the recording
     total_timesteps: int = 100_000  # agent steps of training, an update every 4
     jobs: int = 1  # runs at a time, each on one core
-    runs: Path = ROOT / "runs"  # folder of the run folders; the recordings are in datasets/ beside it
+    folder: Path = ROOT  # folder to run in: the run folders are in runs/ there, the recordings in datasets/
+    results: Path = RESULTS  # table of the results; a table of the recordings is beside it
     table_only: bool = False  # start nothing, print what is there
     figure: Path | None = None  # picture of the IQMs to write
 
 
-def start(args: Args, agent: str, flags: dict) -> Path:
-    """Run an agent to its end; return its run folder."""
-    command = [sys.executable, str(ROOT / "agents" / f"{agent}.py")]
-    for name, value in flags.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    print(" ".join(command), flush=True)
-    args.runs.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=args.runs.parent, env=environment, check=True, capture_output=True, text=True)
-    return args.runs.parent / done.stdout.splitlines()[-1].removeprefix("run folder: ")
-
-
+# ---- recordings
 def dataset_of(args: Args, game: str, data: str) -> Path:
-    return args.runs.parent / "datasets" / f"{game.replace('/', '-')}-{data.replace(' ', '-')}"
+    return args.folder.resolve() / "datasets" / f"{game.replace('/', '-')}-{data.replace(' ', '-')}"
 
 
-def record(args: Args, game: str) -> None:
+def recordings_of(args: Args) -> Path:
+    return args.results.with_name("offline_recordings.csv")
+
+
+def record(args: Args, game: str):
     """Record DQN, and write the last tenth of its steps as a dataset of its own, unless both are there."""
     whole, tenth = [dataset_of(args, game, data) for data in DATA]
     if tenth.exists():
         return
-    shutil.rmtree(whole, ignore_errors=True)
-    flags = FLAGS["500k"] | {"env_id": game, "total_timesteps": args.recorded_steps, "record_dataset": whole}
-    run = start(args, "dqn", flags)
-    arrays = {name: [] for name in NAMES}
-    for number in range(len(list(whole.glob("add_count*")))):
-        with gzip.open(whole / f"add_count_ckpt.{number}.gz") as file:
-            add_count = int(np.load(file))
-        for name in NAMES:
-            with gzip.open(whole / f"$store$_{name}_ckpt.{number}.gz") as file:
-                array = np.load(file)
-            arrays[name].append(array[: add_count % len(array)])
-    arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
-    rows = len(arrays["action"])
-    first = rows - rows // 10
-    first += int(np.flatnonzero(arrays["terminal"][first:])[0]) + 1  # where a game begins
+    steps = args.recorded_steps
+    flags = {**FLAGS["500k"], "env_id": game, "seed": 1, "total_timesteps": steps, "buffer_size": steps}
+    run = train(args.folder, "dqn", flags)
+    if not (whole / "export.json").exists():
+        shutil.rmtree(whole, ignore_errors=True)
+        call(args.folder, "export_dataset.py", run.resolve(), whole, "--rows", max(steps // 5, 100))
     aside = tenth.with_suffix(".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    facts = {"add_count": np.int64(rows - first), "invalid_range": np.arange(-1, 4)}
-    kept = {f"$store$_{name}": np.append(array[first:], array[:1], axis=0) for name, array in arrays.items()}
-    for name, array in {**kept, **facts}.items():
-        with gzip.open(aside / f"{name}_ckpt.0.gz", "wb") as file:
-            np.save(file, array)
-    steps, returns = scalars(run)["charts/episodic_return"]
-    late = returns[steps > 0.9 * args.recorded_steps]
+    write_last_tenth(whole, aside)
+
+    ends, returns = scalars(run)["charts/episodic_return"]
+    late = returns[ends > 0.9 * steps]
     values = [random_play(game).mean(), returns.mean(), late.mean(), returns[-100:].mean()]
+    add_row(recordings_of(args), ["game", *LEVELS], [game, *[f"{value:.4f}" for value in values]])
     aside.rename(tenth)
-    add_row(RECORDINGS, ["game", *LEVELS], [game, *[f"{value:.4f}" for value in values]])
+
+
+def write_last_tenth(whole: Path, tenth: Path):
+    """Write the last tenth of the rows of a dataset, from the beginning of a game on, as one checkpoint."""
+    arrays = {}
+    for name in NAMES:
+        parts = []
+        for number in range(len(list(whole.glob("add_count*")))):
+            with gzip.open(whole / f"add_count_ckpt.{number}.gz") as file:
+                add_count = int(np.load(file))
+            with gzip.open(whole / f"$store$_{name}_ckpt.{number}.gz") as file:
+                array = np.load(file)
+            parts.append(array[: add_count % len(array)])
+        arrays[f"$store$_{name}"] = np.concatenate(parts)
+
+    rows = len(arrays["$store$_action"])
+    first = rows - rows // 10
+    first += int(np.flatnonzero(arrays["$store$_terminal"][first:])[0]) + 1  # where a game begins
+    for name, array in arrays.items():
+        arrays[name] = np.append(array[first:], array[:1], axis=0)  # the last row has no step
+    arrays["add_count"] = np.int64(rows - first)
+    arrays["invalid_range"] = np.arange(-1, 4)
+    for name, array in arrays.items():
+        with gzip.open(tenth / f"{name}_ckpt.0.gz", "wb") as file:
+            np.save(file, array)
 
 
 def levels_of(args: Args) -> dict[str, dict[str, float]]:
     """{game: {name of LEVELS: mean return}} of the recordings."""
-    with open(RECORDINGS, newline="") as file:
-        rows = {row.pop("game"): {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)}
-    return {game: rows[game] for game in args.games}
+    levels = {}
+    with open(recordings_of(args), newline="") as file:
+        for row in csv.DictReader(file):
+            levels[row["game"]] = {name: float(row[name]) for name in LEVELS}
+    return {game: levels[game] for game in args.games}
 
 
-def known() -> dict[tuple, float]:
-    """The results so far: {values of KEYS, as strings: score}."""
-    if not RESULTS.exists():
-        return {}
-    with open(RESULTS, newline="") as file:
-        return {tuple(row[key] for key in KEYS): float(row["score"]) for row in csv.DictReader(file)}
-
-
-def train(args: Args, wanted: dict) -> None:
-    """Train one run, unless its result is there."""
+# ---- runs
+def measure(args: Args, wanted: dict):
+    """Train one run, {name of KEYS: value}, and add its result to the file, unless it is in there."""
     key = tuple(str(wanted[name]) for name in KEYS)
-    if key in known():
+    if key in known(args.results, KEYS, "score"):
         return
-    folder, game = dataset_of(args, wanted["game"], wanted["data"]), wanted["game"]
-    chosen = {name: wanted[name] for name in KEYS if name not in ("game", "data")}
-    flags = SETTINGS | chosen | {"env_id": game, "dataset_dir": folder}
-    checkpoints = min(5, len(list(folder.glob("add_count*"))))
-    flags |= {"num_checkpoints": checkpoints, "iteration_steps": args.total_timesteps // 2}
-    run = start(args, "cql_offline", flags)
-    score = scalars(run)["eval/episodic_return"][1][-1]
-    commit = json.loads((run / "args.json").read_text())["git_commit"] or ""
-    add_row(RESULTS, [*KEYS, "score", "git_commit"], [*key, f"{score:.4f}", commit])
+    folder = dataset_of(args, wanted["game"], wanted["data"])
+    flags = SETTINGS | {name: wanted[name] for name in KEYS if name not in ("game", "data")}
+    flags["env_id"] = wanted["game"]
+    flags["dataset_dir"] = str(folder)
+    flags["num_checkpoints"] = min(5, len(list(folder.glob("add_count*"))))
+    flags["iteration_steps"] = args.total_timesteps // 2
+    run = train(args.folder, "cql_offline", flags)
+    _, returns = scalars(run)["eval/episodic_return"]
+    add_row(args.results, [*KEYS, "score", "git_commit"], [*key, f"{returns[-1]:.4f}", commit_of(run)])
 
 
+# ---- table and figure
 def scores_of(args: Args, results: dict, setting: dict) -> np.ndarray:
     """The scores of the seeds that are there, of {name of KEYS: value} but for seed and length."""
     wanted = [setting | {"seed": seed, "total_timesteps": args.total_timesteps} for seed in seeds_of(args)]
@@ -182,9 +187,10 @@ def measured(args: Args, results: dict, levels: dict) -> list[tuple[dict, dict, 
     return found
 
 
-def table(args: Args) -> None:
+def table(args: Args):
     """Print the scores, a row for each setting, and what beats what over all settings; draw the IQMs."""
-    results, levels = known(), levels_of(args)
+    results = known(args.results, KEYS, "score")
+    levels = levels_of(args)
     for game, play in levels.items():
         print(game + ": " + ", ".join(f"{name} {value:.2f}" for name, value in play.items()))
     names = [game.split("/")[1].removesuffix("-v1") for game in args.games]
@@ -207,7 +213,7 @@ def table(args: Args) -> None:
         draw(args, rows)
 
 
-def draw(args: Args, rows: list[tuple[dict, dict, list[Interval]]]) -> None:
+def draw(args: Args, rows: list[tuple[dict, dict, list[Interval]]]):
     """The IQMs in shares of the behaviour policy, a panel for each dataset."""
     with matplotlib.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(args.data), figsize=(8, 3.3), sharey=True, squeeze=False)
@@ -232,7 +238,7 @@ def seeds_of(args: Args) -> range:
     return range(1, args.seeds + 1)
 
 
-def main(args: Args) -> None:
+def main(args: Args):
     if not args.table_only:
         grid = product(seeds_of(args), args.data, args.n_steps, args.batch_sizes, args.algorithms, args.games)
         wanted = [
@@ -241,7 +247,7 @@ def main(args: Args) -> None:
         ]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda game: record(args, game), args.games))
-            list(pool.map(lambda one: train(args, one), wanted))
+            list(pool.map(lambda one: measure(args, one), wanted))
     table(args)
 
 

@@ -32,33 +32,54 @@ class Args:
     agent: str = "rainbow"  # file in agents/ to run
     minutes: float = 60.0  # that it runs
     rows: int = 100_000  # transitions in the replay
+    settle: float = 60.0  # seconds after it is full that are not counted
     out: Path = Path("soak.png")  # file to write
 
 
-def main(args: Args) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "agents" / f"{args.agent}.py"), "--env-id", "MinAtar/Breakout-v1"]
-        command += ["--buffer-size", str(args.rows), "--total-timesteps", "1000000000", "--learning-starts", "1000"]
-        command += ["--checkpoint-frequency", "10000", "--eval-frequency", "50000", "--no-cuda", "--prioritized"]
-        out = Path(folder) / "out.txt"
-        process = subprocess.Popen(command, cwd=folder, stdout=out.open("w"))
-        watched, start, samples = psutil.Process(process.pid), time.monotonic(), []
-        while process.poll() is None and time.monotonic() - start < 60 * args.minutes:
-            samples.append((time.monotonic() - start, watched.memory_info().rss / 1e6))
-            time.sleep(5)
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        steps = int(re.search(r"stopped at step ([\d,]+)", out.read_text())[1].replace(",", ""))
-        (run,) = (Path(folder) / "runs").iterdir()
-        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-        events.Reload()
-        began = events.FirstEventTimestamp()
-        filled = next(e.wall_time - began for e in events.Scalars("charts/epsilon") if e.step >= args.rows)
+def watch(args: Args, folder: Path) -> tuple[np.ndarray, np.ndarray, int, int, float]:
+    """Run the agent; return times (s) and memory (MB), its exit status, steps, and when its replay was full (s)."""
+    flags = {
+        "env-id": "MinAtar/Breakout-v1",
+        "buffer-size": args.rows,
+        "total-timesteps": 1_000_000_000,
+        "learning-starts": 1_000,
+        "checkpoint-frequency": 10_000,
+        "eval-frequency": 50_000,
+    }
+    command = [sys.executable, str(ROOT / "agents" / f"{args.agent}.py"), "--no-cuda"]
+    for name, value in flags.items():
+        command += [f"--{name}", str(value)]
+    out = folder / "out.txt"
+    with out.open("w") as file:
+        process = subprocess.Popen(command, cwd=folder, stdout=file)
+    watched = psutil.Process(process.pid)
+    start = time.monotonic()
+    samples = []
+    while process.poll() is None and time.monotonic() - start < 60 * args.minutes:
+        samples.append((time.monotonic() - start, watched.memory_info().rss / 1e6))
+        time.sleep(5)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+
+    steps = int(re.search(r"stopped at step ([\d,]+)", out.read_text())[1].replace(",", ""))
+    (run,) = (folder / "runs").iterdir()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    began = events.FirstEventTimestamp()
+    filled = [event.wall_time - began for event in events.Scalars("charts/epsilon") if event.step >= args.rows]
+    if not filled:
+        raise SystemExit(f"error: {steps:,} steps do not fill the replay: give more --minutes, or fewer --rows.")
     times, memory = np.array(samples).T
-    after = times > filled + 60
+    return times, memory, process.returncode, steps, filled[0]
+
+
+def main(args: Args):
+    with tempfile.TemporaryDirectory() as folder:
+        times, memory, status, steps, filled = watch(args, Path(folder))
+    after = times > filled + args.settle
     slope = np.polyfit(times[after] / 3_600, memory[after], 1)[0]
-    print(f"{steps:,} steps in {args.minutes:g} minutes, status {process.returncode}, {steps // 10_000} checkpoints")
-    print(f"the replay was full after {filled / 60:.1f} minutes; from a minute later to the end:")
+    print(f"{steps:,} steps in {args.minutes:g} minutes, status {status}, {steps // 10_000} checkpoints")
+    print(f"the replay was full after {filled / 60:.1f} minutes; from {args.settle:g} s later to the end:")
     print(f"{memory[after].min():.0f} to {memory[after].max():.0f} MB, a trend of {slope:+.1f} MB an hour")
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     axes.plot(times / 60, memory)

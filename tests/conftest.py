@@ -76,8 +76,13 @@ def efficient(request):
     return load(ROOT / "agents" / f"{request.param}.py")
 
 
+def name_of(module) -> str:
+    """The agent's name: its file's stem."""
+    return module.__name__.removeprefix("agent_")
+
+
 def make_network(module, obs_shape=(4, 84, 84), num_actions=6, **flags):
-    """The agent's network."""
+    """The agent's network, as `train` makes it with this --seed; MinAtar's shape is (10, 10, channels)."""
     names = {
         "dqn": "QNetwork",
         "qrdqn": "QuantileNetwork",
@@ -87,7 +92,9 @@ def make_network(module, obs_shape=(4, 84, 84), num_actions=6, **flags):
         "drq_eps": "DuelingNetwork",
         "spr": "SPRNetwork",
     }
-    return getattr(module, names[module.AGENT])(obs_shape, num_actions, make_args(module, **flags))
+    args = make_args(module, **flags)
+    torch.manual_seed(args.seed)
+    return getattr(module, names[name_of(module)])(obs_shape, num_actions, args)
 
 
 def scalars(folder):
@@ -116,6 +123,6 @@ def make_args(module, **changes):
         "batch_size": 8,
         "eval_episodes": 0,
     }
-    if module.AGENT == "spr":
+    if name_of(module) == "spr":
         small["spr_steps"] = 2  # --n-step may be 2 in a test
     return module.Args(**(small | changes))

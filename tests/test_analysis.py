@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from analysis import __main__ as command
-from analysis import figures, results, runs, scores
+from analysis import figures, report, results, runs, scores
 from analysis.runs import BadInput
 
 
@@ -273,24 +273,27 @@ def test_unequal_lengths_are_cut_and_it_is_said(tmp_path):
 
 
 def test_points_that_not_all_runs_have_are_left_out_and_it_is_said(tmp_path):
-    text = rows("A", "Pong", [1, 2], [100, 200, 300], lambda s, f: f)
-    found = study(tmp_path, text + rows("B", "Pong", [1, 2], [100, 300], lambda s, f: f))
+    seeds = [1, 2, 3, 4, 5]
+    text = rows("A", "Pong", seeds, [100, 200, 300], lambda s, f: f)
+    found = study(tmp_path, text + rows("B", "Pong", seeds, [100, 300], lambda s, f: f))
     assert found.frames.tolist() == [100, 300]
     assert found.notes == ["Left out 1 of 3 points in time, which not all runs have."]
     with pytest.raises(BadInput, match="no number of frames in common"):
-        study(tmp_path, text + rows("B", "Pong", [1, 2], [50], lambda s, f: f))
+        study(tmp_path, text + rows("B", "Pong", seeds, [50], lambda s, f: f))
 
 
 def test_missing_games_and_seeds_are_listed_by_name(tmp_path):
-    text = rows("A", "Pong", [1, 2, 3], [100], lambda s, f: s) + rows("A", "Breakout", [1, 3], [100], lambda s, f: s)
-    text += rows("B", "Pong", [1, 2, 3], [100], lambda s, f: s)
+    seeds = [1, 2, 3, 4, 5, 6]
+    text = rows("A", "Pong", seeds, [100], lambda s, f: s)
+    text += rows("A", "Breakout", [1, 3, 4, 5, 6], [100], lambda s, f: s)
+    text += rows("B", "Pong", seeds, [100], lambda s, f: s)
     found = study(tmp_path, text)
     assert found.games == ["Pong"]
     assert "B: no run of Breakout; left out of every comparison." in found.notes
-    text += rows("B", "Breakout", [1, 2, 3], [100], lambda s, f: s)
+    text += rows("B", "Breakout", seeds, [100], lambda s, f: s)
     found = study(tmp_path, text)
     assert found.games == ["Breakout", "Pong"] and found.notes == ["A: no seed 2 of Breakout."]
-    assert [len(found.groups[0].raw[game]) for game in found.games] == [2, 3]
+    assert [len(found.groups[0].raw[game]) for game in found.games] == [5, 6]
 
 
 def test_games_without_a_human_score_are_listed(tmp_path):
@@ -298,7 +301,7 @@ def test_games_without_a_human_score_are_listed(tmp_path):
     text = "".join(rows("A", game, [1], [100], lambda s, f: 1.0) for game in games)
     found = study(tmp_path, text)
     assert found.scored == ["Pong"] and len(found.games) == 6
-    assert f"no human score is known: {', '.join(games[:5])}." in found.notes[-1]
+    assert any(f"no human score is known: {', '.join(games[:5])}." in note for note in found.notes)
     with pytest.raises(BadInput, match="no human score is known of AirRaid"):
         study(tmp_path, rows("A", "AirRaid", [1], [100], lambda s, f: 1.0))
 
@@ -348,7 +351,7 @@ def test_different_protocols_in_a_group_raise_a_warning(tmp_path):
     assert "Warning: dqn has runs of different --sticky-actions: 0.0, 0.25." in notes
     assert "Warning: dqn has runs of different --terminal-on-life-loss: None, True." in notes
     assert "Warning: dqn has runs of different versions of ale-py: 0.11, 0.12.1, None." in notes
-    assert sum(note.startswith("Warning") for note in notes) == 3
+    assert sum(note.startswith("Warning: dqn has runs of different") for note in notes) == 3
 
 
 def test_unfinished_and_repeated_runs_are_marked(tmp_path):
@@ -368,7 +371,7 @@ def test_unfinished_and_repeated_runs_are_marked(tmp_path):
 
 
 def test_agents_are_not_pooled_in_silence(tmp_path):
-    text = rows("A", "Pong", [1, 2], [100], lambda s, f: s) + rows("B", "Pong", [3, 4], [100], lambda s, f: s)
+    text = rows("A", "Pong", [1, 2, 3], [100], lambda s, f: s) + rows("B", "Pong", [4, 5, 6], [100], lambda s, f: s)
     header = "agent,game,seed,frames,score,size\n"
     text = "".join(line + ",8\n" for line in text.splitlines())
     assert study(tmp_path, text, ["size"], header=header).notes == [
@@ -377,8 +380,9 @@ def test_agents_are_not_pooled_in_silence(tmp_path):
 
 
 def test_seeds_that_another_setting_has_are_listed(tmp_path):
-    text = rows("A", "Pong", [1, 2], [100], lambda s, f: s) + rows("B", "Pong", [1, 2, 3, 4], [100], lambda s, f: s)
-    assert study(tmp_path, text).notes == ["A: no seed 3, 4 of Pong."]
+    text = rows("A", "Pong", range(1, 6), [100], lambda s, f: s)
+    text += rows("B", "Pong", range(1, 8), [100], lambda s, f: s)
+    assert study(tmp_path, text).notes == ["A: no seed 6, 7 of Pong."]
 
 
 def test_settings_are_told_apart_by_their_names(tmp_path):
@@ -396,7 +400,13 @@ def test_a_column_that_changes_within_a_run_is_refused(tmp_path):
         study(tmp_path, text, header=header)
 
 
-def test_the_iteration_is_that_of_the_chosen_runs(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For reports of which only the rest is looked at: figures take nearly all of their time."""
+    monkeypatch.setattr(figures, "draw", lambda results: [])
+
+
+def test_the_iteration_is_that_of_the_chosen_runs(no_figures, tmp_path, monkeypatch, capsys):
     """A short run that is not chosen must not shorten the iterations of those that are."""
     write_run(tmp_path / "runs" / "long", flags={"total_timesteps": 1_000})
     write_run(tmp_path / "runs" / "short", agent="iqn", steps=40, games=9, flags={"total_timesteps": 40})
@@ -448,6 +458,112 @@ def test_gains_are_relative_to_those_on_random_play(tmp_path):
     assert gains == {"Pong": pytest.approx(100.0), "Qbert": 0.0}  # (-10.7 + 15.7) / (-15.7 + 20.7)
 
 
+# ------------------------------------------------------------------------------------------------- fewer than five runs
+def compared(tmp_path, monkeypatch, capsys, text):
+    """What compare prints of A and B of a table."""
+    path = table_of(tmp_path, HEADER + text)
+    status, output, error = run_command(
+        monkeypatch, capsys, "compare", "A", "B", "--scores", path, "--resamples", "500"
+    )
+    assert (status, error) == (0, "")
+    return output
+
+
+def two_settings(first, second, game="Pong"):
+    """Every run of A, of which there are `first`, is above every run of B, of which there are `second`."""
+    text = rows("A", game, range(first), [100], lambda s, f: 10 + s / 10)
+    return text + rows("B", game, range(second), [100], lambda s, f: s / 10)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 2), (4, 4), (4, 9), (9, 4)])
+def test_compare_cannot_tell_from_fewer_than_five_runs(tmp_path, monkeypatch, capsys, first, second):
+    output = compared(tmp_path, monkeypatch, capsys, two_settings(first, second))
+    counts = f"{first} of A and {second} of B in the game that has fewest; it takes at least 5 of each"
+    assert f"probability 1.00 [1.00, 1.00] †: there are too few runs to tell ({counts})." in output
+    assert "noise" not in output and "better" not in output
+    marked = {line[16:17] for line in output.splitlines() if line.endswith("] †")}
+    assert marked == {name for name, count in (("A", first), ("B", second)) if count < 5}
+
+
+def test_compare_tells_from_five_runs(tmp_path, monkeypatch, capsys):
+    output = compared(tmp_path, monkeypatch, capsys, two_settings(5, 5))
+    assert "probability 1.00 [1.00, 1.00]: the first is better, beyond the noise of the seeds." in output
+    assert "†" not in output and "too few" not in output
+
+
+def test_runs_are_counted_in_the_game_that_has_fewest(tmp_path, monkeypatch, capsys):
+    """A resample draws within each game: runs of another game don't help. Games without a score don't count."""
+    text = two_settings(9, 9) + two_settings(4, 9, "Breakout")
+    assert "too few runs to tell (4 of A and 9 of B" in compared(tmp_path, monkeypatch, capsys, text)
+    text = two_settings(5, 5) + two_settings(1, 1, "AirRaid")
+    assert "beyond the noise" in compared(tmp_path, monkeypatch, capsys, text)
+
+
+def unequal_runs(tmp_path, small, large):
+    """Results of batch size 8, in `small` runs of each game, and 32, in `large`; two games, two points in time."""
+    text = ""
+    for size, count in ((8, small), (32, large)):
+        for game in ("Pong", "Breakout"):
+            text += rows("A", game, range(count), [100, 200], lambda s, f: s + f / 100, batch_size=size)
+    found = study(tmp_path, text, ["agent", "batch_size"], header="agent,game,seed,frames,score,batch_size\n")
+    return results.compute(found, None, 100, np.random.default_rng(0))
+
+
+def test_tables_mark_intervals_of_too_few_runs(tmp_path):
+    made = unequal_runs(tmp_path, 4, 5)
+    tables = {table.name: table for table in results.tables(made)}
+    for name in ("aggregates", "curves", "improvement"):
+        table = tables[name]
+        place = table.columns.index("fewest runs")
+        assert table.columns[place - 1 : place + 2] == ["high", "fewest runs", "too few"]
+        marks = {row[0]: row[place : place + 2] for row in table.rows}
+        assert marks.pop("A, batch size 8") == [4, "†"]
+        assert marks in ({}, {"A, batch size 32": [5, ""]})
+        report.write_csv(table, tmp_path / "table.csv")
+        assert ",4,†" in (tmp_path / "table.csv").read_text()
+    note = "Warning: too few runs to tell from the intervals marked †, which rest on fewer than 5 runs in a game: "
+    assert made.study.notes[-1] == note + "A, batch size 8 (4)."
+    page = report.page(made, list(tables.values()), [], "command")
+    assert html.escape(note) in page and "<td class=text>†</td>" in page
+    text = report.markdown(made, list(tables.values()), "command")
+    assert note in text and " | 4 | † |" in text and " | 5 |  |" in text
+    made = unequal_runs(tmp_path, 5, 5)
+    assert not made.study.notes and "†" not in report.markdown(made, results.tables(made), "command")
+
+
+def test_figures_mark_intervals_of_too_few_runs(tmp_path):
+    """A dagger at the setting or the interval, which is hatched, and what it means in the caption."""
+    drawn = {name: figure for name, _, figure in figures.draw(unequal_runs(tmp_path, 4, 5))}
+    for name in ("curves", "intervals", "profiles", "sweep_batch_size"):
+        texts = [text.get_text() for text in drawn[name].findobj(matplotlib.text.Text)]
+        assert sum("†: fewer than 5 in a game" in text.replace("\n", " ") for text in texts) == 1, name
+        marked = [text for text in texts if text.endswith(" †")]
+        assert set(marked) == ({" †"} if name == "sweep_batch_size" else {"A, batch size 8 †"}), name
+    bars = [bar for axes in drawn["intervals"].axes for bar in axes.patches]
+    assert [bool(bar.get_hatch()) for bar in bars] == [False, True] * 4  # the reference, batch size 32, comes first
+    for name in ("curves", "profiles"):
+        bands = drawn[name].axes[0].collections
+        assert [bool(band.get_hatch()) for band in bands] == [True, False]  # and is drawn last
+    for name, _, figure in figures.draw(unequal_runs(tmp_path, 5, 5)):
+        assert not [text for text in figure.findobj(matplotlib.text.Text) if "†" in text.get_text()], name
+
+
+def test_a_figure_is_laid_out_once_for_all_its_files(tmp_path, monkeypatch):
+    laid_out, drawn = [], 0
+    execute = figures.ConstrainedLayoutEngine.execute
+
+    def counting(engine, figure):
+        laid_out.append(figure)
+        return execute(engine, figure)
+
+    monkeypatch.setattr(figures.ConstrainedLayoutEngine, "execute", counting)
+    for _, _, figure in figures.draw(unequal_runs(tmp_path, 5, 5)):
+        figure.savefig(tmp_path / "figure.png")
+        figure.savefig(tmp_path / "figure.svg")
+        drawn += 1
+    assert len(laid_out) == drawn > 4
+
+
 # ------------------------------------------------------------------------------------------------------------ the whole
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -463,17 +579,26 @@ def folders(tmp_path_factory):
     return root
 
 
-def test_the_report(folders, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "results"
-    arguments = [folders, "--out", out, "--resamples", "500"]
-    status, output, error = run_command(monkeypatch, capsys, *arguments)
-    assert (status, error) == (0, "") and "report.html" in output
+@pytest.fixture(scope="module")
+def reported(folders, tmp_path_factory):
+    """The folder that a user makes of them."""
+    out = tmp_path_factory.mktemp("reported") / "results"
+    arguments = [sys.executable, "-m", "analysis", str(folders), "--out", str(out), "--resamples", "500"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(out / "report.html") in done.stdout
+    return out
+
+
+def test_the_report(reported):
+    out = reported
     pictures = {"curves", "intervals", "profiles", "games", "time", "sweep_batch_size", "diagnostics"}
     pictures |= {"gains_1_dqn__batch_size_8", "gains_2_qrdqn__batch_size_8", "gains_3_qrdqn__batch_size_32"}
     tables = {"aggregates", "improvement", "games", "curves", "scores"}
     expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} | {f"{name}.csv" for name in tables}
     assert {path.name for path in out.iterdir()} == expected | {"report.html", "report.md", "analysis.json", "cache"}
-    assert not [path for path in tmp_path.iterdir() if path != out]  # nothing is left beside it
+    assert list(out.parent.iterdir()) == [out]  # nothing is left beside it
+    assert (out / "report.html").stat().st_size > 100_000
     for name in pictures:
         assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and b"<svg" in (out / f"{name}.svg").read_bytes()
     with open(out / "aggregates.csv") as file:
@@ -489,14 +614,9 @@ def test_the_report(folders, tmp_path, monkeypatch, capsys):
     middle = sorted(last)[1:5]
     assert len(last) == 6
     assert float(found["qrdqn, batch size 8", "IQM"]["value"]) == pytest.approx(np.mean(middle), rel=1e-9)
-    again = run_command(monkeypatch, capsys, *arguments)
-    assert again[0] == 0  # its own folder is replaced
-    kept = (out / "report.html").read_text()
-    status, _, error = run_command(monkeypatch, capsys, folders, "--out", out, "--only", "agent=nobody")
-    assert status == 2 and "no run has agent nobody" in error and (out / "report.html").read_text() == kept
 
 
-def test_the_report_counts_in_words(tmp_path, monkeypatch, capsys):
+def test_the_report_counts_in_words(no_figures, tmp_path, monkeypatch, capsys):
     """One setting of one game, in two seeds: one of each, and not "1 settings"."""
     for seed in (1, 2):
         write_run(tmp_path / "runs" / str(seed), seed=seed)
@@ -504,11 +624,20 @@ def test_the_report_counts_in_words(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "report.md").read_text().splitlines()[2].startswith("1 setting, 1 game, 2 seeds, ")
 
 
-def test_the_same_seed_gives_the_same_files(folders, tmp_path, monkeypatch, capsys):
-    for name in ("one", "two"):
-        assert run_command(monkeypatch, capsys, folders, "--out", tmp_path / name, "--resamples", "300")[0] == 0
-    for path in sorted((tmp_path / "one").glob("*.csv")) + sorted((tmp_path / "one").glob("*.svg")):
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+def test_the_same_seed_gives_the_same_files(reported, folders, tmp_path, monkeypatch, capsys):
+    """Another process made the first ones. The folder is this program's own: it is replaced if there are runs."""
+    out = tmp_path / "results"
+    shutil.copytree(reported, out)
+    status, _, error = run_command(monkeypatch, capsys, folders, "--out", out, "--only", "agent=nobody")
+    assert status == 2 and "no run has agent nobody" in error
+    assert (out / "report.html").read_bytes() == (reported / "report.html").read_bytes()
+    assert run_command(monkeypatch, capsys, folders, "--out", out, "--resamples", "500")[0] == 0
+    assert (out / "report.html").read_bytes() != (reported / "report.html").read_bytes()  # it names the command
+    names = {path.name for path in reported.iterdir()}
+    assert {path.name for path in out.iterdir()} == names
+    for name in sorted(names):
+        if name.endswith((".csv", ".svg", ".png")):
+            assert (out / name).read_bytes() == (reported / name).read_bytes(), name
 
 
 def test_no_figure_shows_markup(tmp_path):
@@ -543,7 +672,7 @@ def test_runs_that_end_before_their_first_report(tmp_path):
     assert {axes.get_yscale() for axes in figure.axes} == {"linear"}
 
 
-def test_a_folder_of_others_is_not_overwritten(folders, tmp_path, monkeypatch, capsys):
+def test_a_folder_of_others_is_not_overwritten(no_figures, folders, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for out in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex"):
@@ -563,7 +692,7 @@ def test_a_folder_of_others_is_not_overwritten(folders, tmp_path, monkeypatch, c
     assert (out / "cache" / "runs").exists() and (out / "report.html").exists()
 
 
-def test_choosing(folders, tmp_path, monkeypatch, capsys):
+def test_choosing(no_figures, folders, tmp_path, monkeypatch, capsys):
     choice = ["--only", "agent=dqn", "batch_size=8,32", "--games", "Pong", "ALE/Qbert-v5", "--resamples", "100"]
     assert run_command(monkeypatch, capsys, folders, "--out", tmp_path / "out", *choice)[0] == 0
     with open(tmp_path / "out" / "games.csv") as file:
@@ -589,20 +718,13 @@ def test_compare(folders, tmp_path, monkeypatch, capsys):
     status, output, _ = run_command(monkeypatch, capsys, "compare", *pair, *flags)
     assert status == 0
     assert "qrdqn, batch size 8 won 3: " in output and "lost" not in output
-    assert "the first is better, beyond the noise of the seeds" in output
+    assert "too few runs to tell (2 of qrdqn, batch size 8 and 2 of dqn, batch size 8 in" in output
     assert output.count("IQM") == 1 and output.count("[") == 9
     status, output, _ = run_command(monkeypatch, capsys, "compare", *reversed(pair), *flags)
-    assert "the second is better" in output and "lost 3: " in output
+    assert status == 0 and "lost 3: " in output
     for wrong in (["dqn", "qrdqn"], ["dqn, batch size 8", "dqn, batch size 8"], ["dqn, batch size 8", "iqn"]):
         status, _, error = run_command(monkeypatch, capsys, "compare", *wrong, *flags)
         assert status == 2 and error.count("\n") == 1
-
-
-def test_as_a_user_would(folders, tmp_path):
-    arguments = [sys.executable, "-m", "analysis", str(folders), "--out", str(tmp_path / "out"), "--resamples", "200"]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "report.html").stat().st_size > 100_000
 
 
 PROBE = """
@@ -632,11 +754,9 @@ BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browse
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here")
-def test_the_page_in_a_browser(folders, tmp_path, monkeypatch, capsys):
+def test_the_page_in_a_browser(reported, tmp_path):
     """No script fails, nothing is fetched, every picture shows, and every column of every table sorts both ways."""
-    out = tmp_path / "results"
-    assert run_command(monkeypatch, capsys, folders, "--out", out, "--resamples", "200")[0] == 0
-    page = (out / "report.html").read_text()
+    page = (reported / "report.html").read_text()
     (tmp_path / "page.html").write_text(page.replace("<meta", CATCH + "<meta", 1).replace("</html>", PROBE + "</html>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
     flags += [

@@ -1,20 +1,30 @@
-"""The five diagnostics, each against its definition by a slow independent computation."""
+"""The five diagnostics, each against its definition by a slow independent computation; and what they may not touch."""
 
+import copy
 import itertools
+import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, make_network, scalars, weights
-from test_training import run
+from conftest import make_args, make_network, name_of, scalars, weights
+from test_replay import Script, make_replay
 
-TAGS = [f"diagnostics/{name}" for name in ("loss_variance", "gradient_norm", "representation_norm", "srank")]
-TAGS += ["diagnostics/dormant_neurons"]
+NAMES = ["loss_variance", "gradient_norm", "representation_norm", "srank", "dormant_neurons"]
+TAGS = [f"diagnostics/{name}" for name in NAMES]
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+def noisy(module):
+    return {"noisy": True, "dueling": True} if name_of(module) == "rainbow" else {}
+
+
+def random_obs(size):
+    return torch.from_numpy(np.random.default_rng(0).random((size, 10, 10, 4)) < 0.3)
 
 
 def slow_srank(features):
@@ -29,29 +39,27 @@ def slow_dormant(activations):
     """Share of units whose mean |activation| is at most 0.025 of their layer's mean (Sokar et al., 2023)."""
     dormant = total = 0
     for layer in activations:  # (samples, units) or (samples, channels, height, width)
-        means = []
-        for unit in range(layer.shape[1]):
-            values = [abs(float(x)) for x in np.asarray(layer[:, unit]).ravel()]
-            means.append(sum(values) / len(values))
+        means = [np.abs(layer[:, unit]).mean() for unit in range(layer.shape[1])]
         dormant += sum(mean <= 0.025 * sum(means) / len(means) for mean in means)
         total += len(means)
     return dormant / total
 
 
-def activations_of(agent, network, obs, tau):
+def activations_of(module, network, obs, tau):
     """Every layer's output after its ReLU but the head's, computed from the weights; features and representation."""
-    x, layers = obs.float(), []
-    conv = network.convolutions[0]
-    x = torch.nn.functional.conv2d(x, conv.weight, conv.bias).clamp(min=0)
-    layers.append(x)
-    representation = x = x.flatten(1)
-    if agent.AGENT == "iqn":
+    conv = network.convolutions[1]
+    x = torch.nn.functional.conv2d(obs.permute(0, 3, 1, 2).float(), conv.weight, conv.bias).clamp(min=0)
+    layers = [x]
+    x = x.flatten(1)
+    representation = x
+    if name_of(module) == "iqn":
         cosines = torch.cos(torch.pi * torch.arange(1, 65) * tau.reshape(-1, 1))
         phi = (cosines @ network.embedding[0].weight.T + network.embedding[0].bias).clamp(min=0)
         layers.append(phi)
         x = x.repeat_interleave(tau.shape[1], dim=0) * phi
-    if agent.AGENT == "spr":
-        low, high = x.min(dim=1, keepdim=True).values, x.max(dim=1, keepdim=True).values
+    if name_of(module) == "spr":
+        low = x.min(dim=1, keepdim=True).values
+        high = x.max(dim=1, keepdim=True).values
         x = (x - low) / (high - low + 1e-5)
     features = (x @ network.dense[0].weight.T + network.dense[0].bias).clamp(min=0)
     layers.append(features)
@@ -61,126 +69,163 @@ def activations_of(agent, network, obs, tau):
 def spoil(network):
     """Kill some units, quiet some others, so that there is something to count."""
     with torch.no_grad():
-        network.convolutions[0].bias[:3] = -100
+        network.convolutions[1].bias[:3] = -100
         network.dense[0].weight[:20] *= 1e-3
+        network.dense[0].bias[:20] *= 1e-3
         network.dense[0].bias[30:40] = -100
 
 
 def test_network_diagnostics_against_slow_ones(agent):
-    network = make_network(agent, (4, 10, 10), 3)
+    """With noisy layers of their means alone; iqn's features are means over the fractions that it acts on."""
+    network = make_network(agent, (10, 10, 4), 3, **noisy(agent))
     spoil(network)
-    obs = torch.from_numpy(np.random.default_rng(0).random((64, 4, 10, 10)) < 0.3)
-    updates = [torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0]), torch.tensor([6.0, 1.0])]
-    found = agent.diagnose(network, obs, updates, np.random.default_rng(1))
-    tau = torch.from_numpy(np.random.default_rng(1).random((64, 32), np.float32))
-    layers, features, representation = activations_of(agent, network, obs, tau)
-    features = features.reshape(64, -1, features.shape[1]).mean(axis=1)  # of iqn: over its 32 quantiles
+    obs = random_obs(48)
+    torch.manual_seed(1)
+    found = agent.diagnose(network, obs, [[1.0, 3.0], [2.0, 5.0], [6.0, 1.0]])
+    torch.manual_seed(1)
+    layers, features, representation = activations_of(agent, network, obs, torch.rand(48, 32))
+    features = features.reshape(48, -1, features.shape[1]).mean(axis=1)
+    assert list(found) == TAGS
     assert found["diagnostics/srank"] == slow_srank(features)
-    assert 1 < found["diagnostics/srank"] < 64
-    assert found["diagnostics/dormant_neurons"] == pytest.approx(slow_dormant(layers))
+    assert 1 < found["diagnostics/srank"] < 48
+    assert float(found["diagnostics/dormant_neurons"]) == pytest.approx(slow_dormant(layers))
     assert 0.01 < found["diagnostics/dormant_neurons"] < 1
     norms = [sum(float(x) ** 2 for x in row) ** 0.5 for row in representation]
-    assert found["diagnostics/representation_norm"] == pytest.approx(sum(norms) / 64, rel=1e-5)
+    assert float(found["diagnostics/representation_norm"]) == pytest.approx(sum(norms) / 48, rel=1e-5)
     assert found["diagnostics/loss_variance"] == pytest.approx((4 + 1 + 9) / 3)  # around the mean, 3
     assert found["diagnostics/gradient_norm"] == pytest.approx(3)
-    assert list(found) == TAGS
 
 
-@pytest.mark.parametrize("rank", [1, 3, 10])
-def test_srank_of_known_ranks(dqn, rank):
-    """Features of the dense layer with `rank` equal singular values: 99% of their sum needs all (rank < 100)."""
-
-    class Known(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.convolutions, self.dense, self.relu = torch.nn.Flatten(), torch.nn.Flatten(), torch.nn.ReLU()
-
-        def q_values(self, obs, rng):
-            return self.relu(self.dense(self.convolutions(obs)))
-
-    obs = torch.zeros(20, 15)
-    obs[range(rank), range(rank)] = 2.0
-    found = dqn.diagnose(Known(), obs, [torch.ones(2)], np.random.default_rng(0))
-    assert found["diagnostics/srank"] == rank
-    assert found["diagnostics/dormant_neurons"] == pytest.approx((15 - rank) / 15)
-
-
-@pytest.mark.parametrize("name", ["dopamine", "impala"])
-def test_every_layer_but_the_head_is_counted(agent, name):
+@pytest.mark.parametrize(("name", "network"), [("dqn", "impala"), ("iqn", "nature"), ("spr", "nature")])
+def test_every_layer_but_the_head_is_counted(name, network, request):
     """Atari's networks: three convolutions (or impala's 13 ReLUs) and the dense layer; iqn's embedding as well.
 
     spr's transition model has no part in Q, and is not counted.
     """
-    network = make_network(agent, network=name)
-    seen = {"dopamine": 32 + 64 + 64, "impala": 2 * 2 * (16 + 32 + 32) + 32}[name] + 512
-    seen += {"dopamine": 7744, "impala": 3872}[name] if agent.AGENT == "iqn" else 0
+    module = request.getfixturevalue(name)
+    q_network = make_network(module, network=network)
+    units = {"nature": 32 + 64 + 64, "impala": 2 * 2 * (16 + 32 + 32) + 32}[network] + 512
+    units += 3136 if name == "iqn" else 0
+    convs = [layer for layer in q_network.convolutions.modules() if isinstance(layer, torch.nn.Conv2d)]
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in q_network.parameters():
             parameter.zero_()
-    with torch.no_grad():  # one channel of the last convolution lives: one unit of all is not dormant
-        convs = [m for m in network.convolutions.modules() if isinstance(m, torch.nn.Conv2d)]
-        convs[-1].bias[0] = 1
-    obs = torch.zeros(8, 4, 84, 84, dtype=torch.uint8)
-    found = agent.diagnose(network, obs, [torch.ones(2)], np.random.default_rng(0))
-    assert found["diagnostics/dormant_neurons"] == pytest.approx(1 - 1 / seen, abs=0.1 / seen)
+        convs[-1].bias[0] = 1  # one channel of the last convolution lives: one unit of all is not dormant
+    obs = torch.zeros(2, 4, 84, 84, dtype=torch.uint8)
+    found = module.diagnose(q_network, obs, [[1.0, 1.0]])
+    assert float(found["diagnostics/dormant_neurons"]) == pytest.approx(1 - 1 / units, abs=0.1 / units)
 
 
-def test_diagnostics_of_a_run(agent, monkeypatch, tmp_path):
-    """Logged at the steps asked for; loss and gradients are those of the updates in between; training is the same."""
+class Log:
+    """A writer that keeps what it is told."""
+
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, tag, value, step):
+        self.scalars[tag, step] = float(value)
+
+
+def test_evaluation_and_diagnostics_disturb_nothing(agent, monkeypatch):
+    """No random generator, no weight, no noise, no mode; and both depend on nothing but what they are given."""
+    args = make_args(agent, eval_episodes=2, eval_epsilon=0.5, **noisy(agent))
+    envs = agent.make_env(args)
+    device = torch.device("cpu")
+    network = make_network(agent, (10, 10, 4), 3, **noisy(agent))
+    rng = np.random.default_rng(5)
+    replay = agent.FrameReplay(envs.single_observation_space, args, device, rng)
+    zero, no = np.zeros(1, int), np.zeros(1, bool)
+    obs = random_obs(301).numpy()[:, None]
+    for t in range(300):
+        replay.add(obs[t], obs[t + 1], zero, zero, no, no)
+    network.q_values(torch.from_numpy(obs[0]))  # draws noise
+    actions = []
+    act = agent.act
+
+    def record(*arguments):
+        actions.append(int(act(*arguments)[0]))
+        return np.array(actions[-1:])
+
+    monkeypatch.setattr(agent, "act", record)
+
+    def generators():
+        numpys = np.random.get_state()[1].tolist()  # noqa: NPY002
+        return [torch.get_rng_state().tolist(), copy.deepcopy(rng.bit_generator.state), numpys, random.getstate()]
+
+    def parts():
+        modules = [(module.training, len(module._forward_hooks)) for module in network.modules()]
+        tensors = [*network.parameters(), *network.buffers()]
+        return modules, [tensor.detach().numpy().tolist() for tensor in tensors], [p.grad for p in network.parameters()]
+
+    before = generators(), parts()
+    found = []
+    for _ in range(2):
+        log = Log()
+        agent.evaluate(args, envs, network, 7, device, None, log)
+        assert list(log.scalars) == [("eval/episodic_return", 7)]
+        values = agent.diagnose(network, replay.probe(), [[1.0, 2.0]])
+        found.append((log.scalars, values, actions.copy()))
+        actions.clear()
+    assert (generators(), parts()) == before
+    assert found[0] == found[1]
+    assert len(set(found[0][-1])) > 1
+
+
+@pytest.mark.parametrize("name", ["iqn", "rainbow", "spr"])
+def test_diagnostics_of_a_run(name, request, monkeypatch):
+    """Logged at the steps asked for, of the updates in between; training is the same without them."""
+    module = request.getfixturevalue(name)
+    flags = {"save_model": True, "eval_episodes": 1, "n_step": 3, **noisy(module)}
+    if name == "iqn":
+        flags |= {"n_tau": 8, "n_target_tau": 8, "n_policy_tau": 8}
+    losses = []
     gradients = []
+    backward = torch.Tensor.backward
     step = torch.optim.Adam.step
 
-    def record(self):
-        gradients.append(
-            sum((p.grad.double() ** 2).sum().item() for g in self.param_groups for p in g["params"]) ** 0.5
-        )
+    def record_loss(loss):
+        losses.append(loss.item())
+        backward(loss)
+
+    def record_gradients(self):
+        squares = [(p.grad.double() ** 2).sum().item() for group in self.param_groups for p in group["params"]]
+        gradients.append(sum(squares) ** 0.5)
         step(self)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", record)
-    args = make_args(agent, total_timesteps=600, diagnostics_frequency=200, save_model=True)
-    losses = []
-    backward = torch.Tensor.backward
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss.item()) or backward(loss))
-    folder = agent.train(args).resolve()
-    monkeypatch.undo()
+    monkeypatch.setattr(torch.Tensor, "backward", record_loss)
+    monkeypatch.setattr(torch.optim.Adam, "step", record_gradients)
+    folder = module.train(make_args(module, total_timesteps=220, diagnostics_frequency=60, **flags))
+    each = 2 if name == "spr" else 1
+    assert len(losses) == 30 * each  # at steps 104, 108 ... 220
     logged = scalars(folder)
-    each = 2 if agent.AGENT == "spr" else 1
-    assert len(losses) == 125 * each
-    ends = [0, 25 * each, 75 * each, 125 * each]  # updates at steps 104 ... 200, ... 400, ... 600
+    ends = [0, 5 * each, 20 * each]  # of the updates up to steps 120 and 180
     parts = [slice(first, last) for first, last in itertools.pairwise(ends)]
-    variances = [(step, np.var(losses[part])) for step, part in zip((200, 400, 600), parts, strict=True)]
-    norms = [(step, np.mean(gradients[part])) for step, part in zip((200, 400, 600), parts, strict=True)]
-    for tag, expected in (("loss_variance", variances), ("gradient_norm", norms)):
-        found = logged[f"diagnostics/{tag}"]
-        assert [step for step, _ in found] == [200, 400, 600]
-        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-4)
-    assert all([step for step, _ in logged[tag]] == [200, 400, 600] for tag in TAGS)
-    monkeypatch.chdir(tmp_path)
-    quiet, *_ = run(agent, monkeypatch, total_timesteps=600, diagnostics_frequency=0)
-    assert not set(TAGS) & set(scalars(tmp_path / quiet))
-    assert all(
-        torch.equal(a, b) for a, b in zip(weights(folder).values(), weights(tmp_path / quiet).values(), strict=True)
-    )
+    expected = {
+        "diagnostics/loss_variance": [np.var(losses[part]) for part in parts],
+        "diagnostics/gradient_norm": [np.mean(gradients[part]) for part in parts],
+    }
+    for tag in TAGS:
+        steps, values = zip(*logged[tag], strict=True)
+        assert steps == (120, 180)  # none at step 60: there was no update before
+        if tag in expected:
+            assert values == pytest.approx(expected[tag], rel=1e-4)
 
-
-def test_the_probe_is_256_states_whatever_the_batch(agent, monkeypatch):
-    shapes = []
-    diagnose = agent.diagnose
-    monkeypatch.setattr(agent, "diagnose", lambda *a: shapes.append(tuple(a[1].shape)) or diagnose(*a))
-    for batch_size in (4, 16):
-        agent.train(make_args(agent, total_timesteps=200, diagnostics_frequency=100, batch_size=batch_size))
-    assert shapes == [(256, 4, 10, 10)] * 2  # none at step 100: there was no update before
+    quiet = module.train(make_args(module, total_timesteps=220, diagnostics_frequency=0, **flags))
+    assert not set(TAGS) & set(scalars(quiet))
+    for one, other in zip(weights(folder).values(), weights(quiet).values(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_probe_is_drawn_uniformly_from_what_can_be_sampled(qrdqn):
-    from test_replay import Script, make_replay
-
+    """256 states, whatever the priorities; the same ones until the replay moves on."""
     script = Script([40, 60], ["terminal", "truncation"])
-    replay = make_replay(qrdqn, 200, 3, True)
-    script.play(replay, 4)
+    replay = make_replay(qrdqn, "PrioritizedReplay", 200, 3)
+    script.play(replay)
     replay.update_priorities(np.array([5]), torch.tensor([1e6]))  # what training would nearly always draw
-    rng = np.random.default_rng(0)
-    found = [script.decode(obs) for _ in range(40) for obs in replay.probe(rng).numpy()]
+    found = []
+    for replay.pos in range(101, 141):  # as if it had moved on
+        found += [script.decode(obs) for obs in replay.probe().numpy()]
+        assert torch.equal(replay.probe(), replay.probe())
     possible = [(0, t) for t in range(40)] + [(1, t) for t in range(58)]
     counts = np.array([found.count(state) for state in possible])
     assert counts.sum() == 40 * 256  # nothing else was drawn

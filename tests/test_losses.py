@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import make_network
 
+STATES, ACTIONS, SIZE = 20, 3, 32
+
 
 class Table(torch.nn.Module):
     """A network that returns rows of a table: `obs` holds their numbers."""
@@ -19,18 +21,49 @@ class Table(torch.nn.Module):
     def forward(self, obs):
         return self.values[obs]
 
+    def slow(self, obs):
+        return self.values.detach().double().numpy()[obs]
 
-def make_batch(module, obs, actions, next_obs, rewards, discounts):
-    floats = [torch.tensor(x, dtype=torch.float32) for x in (rewards, discounts, np.ones(len(actions)))]
-    indices = [torch.tensor(x) for x in (obs, actions, next_obs)]
-    return module.Batch(*indices, *floats, np.arange(len(actions)))
+
+def make_batch(module, obs, actions, rewards, next_obs, discounts):
+    return module.Batch(
+        torch.tensor(obs),
+        torch.tensor(actions),
+        torch.tensor(rewards, dtype=torch.float32),
+        torch.tensor(next_obs),
+        torch.tensor(discounts, dtype=torch.float32),
+        np.arange(len(actions)),
+    )
+
+
+def random_batch(module, seed=0):
+    """Random transitions between states with numbers; the same as a list of tuples in float64."""
+    rng = np.random.default_rng(seed)
+    fields = [
+        rng.integers(STATES, size=SIZE),
+        rng.integers(ACTIONS, size=SIZE),
+        rng.normal(size=SIZE),
+        rng.integers(STATES, size=SIZE),
+        rng.choice([0, 0.97], size=SIZE),
+    ]
+    return make_batch(module, *fields), list(zip(*fields, strict=True))
+
+
+def random_tables(*shape, kind=Table):
+    """An online and a target network."""
+    rng = np.random.default_rng(1)
+    return [kind(rng.normal(0, 2, size=(STATES, ACTIONS, *shape))) for _ in range(2)]
+
+
+def slow_huber(error):
+    return 0.5 * error**2 if abs(error) <= 1 else abs(error) - 0.5
 
 
 def test_dqn_by_hand(dqn):
     """Two transitions, two actions; the second is terminal. gamma = 0.5 and one step."""
     online = Table([[1.0, 2.0], [3.0, -1.0]])
     target = Table([[0.0, 4.0], [10.0, 20.0]])
-    batch = make_batch(dqn, [0, 1], [0, 1], [0, 1], [1.0, -1.0], [0.5, 0.0])
+    batch = make_batch(dqn, [0, 1], [0, 1], [1.0, -1.0], [0, 1], [0.5, 0.0])
     targets = dqn.td_target(target, batch)
     assert targets.tolist() == [1 + 0.5 * 4, -1]
     losses, q_values = dqn.td_loss(online, batch, targets)
@@ -42,20 +75,35 @@ def test_dqn_by_hand(dqn):
 
 
 def test_dqn_against_a_loop(dqn):
-    rng = np.random.default_rng(0)
-    online, target = rng.normal(size=(50, 5)).astype(np.float32), rng.normal(size=(50, 5)).astype(np.float32)
-    obs, next_obs, actions = rng.integers(50, size=64), rng.integers(50, size=64), rng.integers(5, size=64)
-    rewards, discounts = rng.normal(size=64), rng.choice([0, 0.99**3], size=64)
-    batch = make_batch(dqn, obs, actions, next_obs, rewards, discounts)
-    losses, _ = dqn.td_loss(Table(online), batch, dqn.td_target(Table(target), batch))
-    for i in range(64):
-        best = max(float(target[next_obs[i], a]) for a in range(5))
-        expected = (rewards[i] + discounts[i] * best - float(online[obs[i], actions[i]])) ** 2
+    online, target = random_tables()
+    batch, transitions = random_batch(dqn)
+    losses, _ = dqn.td_loss(online, batch, dqn.td_target(target, batch))
+    for i, (obs, action, reward, next_obs, discount) in enumerate(transitions):
+        best = max(target.slow(next_obs))
+        expected = (reward + discount * best - online.slow(obs)[action]) ** 2
         assert losses[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
+def test_drq_against_a_loop(drq_eps):
+    """Huber loss of r + gamma Q(s', argmax of the online Q; target): squared within 1, then linear."""
+    online, target = random_tables()
+    batch, transitions = random_batch(drq_eps)
+    losses, q_values = drq_eps.huber_loss(online, batch, drq_eps.double_target(online, target, batch))
+    within = set()
+    for i, (obs, action, reward, next_obs, discount) in enumerate(transitions):
+        best = max(range(ACTIONS), key=lambda a, next_obs=next_obs: online.slow(next_obs)[a])
+        error = reward + discount * target.slow(next_obs)[best] - online.slow(obs)[action]
+        within.add(bool(abs(error) <= 1))
+        assert losses[i].item() == pytest.approx(slow_huber(error), rel=1e-4, abs=1e-6)
+        assert q_values[i].item() == pytest.approx(online.slow(obs)[action])
+    assert within == {True, False}
+    losses.sum().backward()
+    assert online.values.grad is not None
+    assert target.values.grad is None
+
+
 def test_qrdqn_by_hand(qrdqn):
-    """One transition, two actions, two quantiles at tau = 1/4 and 3/4.
+    """One transition, two actions, two quantiles (tau 1/4 and 3/4), gamma = 0.5, kappa = 1.
 
     Next state: action 0 has quantiles (0, 2), mean 1; action 1 has (-4, 5), mean 0.5: the target follows action 0, and
     is 1 + 0.5 * (0, 2) = (1, 2). Prediction (0, 4). u_ij = target_j - theta_i:
@@ -63,8 +111,9 @@ def test_qrdqn_by_hand(qrdqn):
       i = 1: u = -3, -2; Huber 2.5, 1.5; weight |3/4 - 1| = 1/4 each: 0.625, 0.375
     Sum over i, mean over j: (0.125 + 0.625 + 0.375 + 0.375) / 2 = 0.75.
     """
-    online, target = Table([[[9.0, 9.0], [0.0, 4.0]]]), Table([[[0.0, 2.0], [-4.0, 5.0]]])
-    batch = make_batch(qrdqn, [0], [1], [0], [1.0], [0.5])
+    online = Table([[[9.0, 9.0], [0.0, 4.0]]])
+    target = Table([[[0.0, 2.0], [-4.0, 5.0]]])
+    batch = make_batch(qrdqn, [0], [1], [1.0], [0], [0.5])
     targets = qrdqn.quantile_target(target, batch)
     assert targets.tolist() == [[1, 2]]
     losses, q_values = qrdqn.quantile_loss(online, batch, targets)
@@ -74,43 +123,32 @@ def test_qrdqn_by_hand(qrdqn):
     # d/d theta_0: -tau * (1 + 1) / 2; d/d theta_1: (1 - tau) * (1 + 1) / 2
     assert online.values.grad.tolist() == [[[0, 0], [-0.25, 0.25]]]
     assert target.values.grad is None
-
-
-def test_qrdqn_terminal_target_is_the_reward_alone(qrdqn):
-    batch = make_batch(qrdqn, [0], [0], [0], [-1.0], [0.0])
-    assert qrdqn.quantile_target(Table([[[5.0, 7.0]]]), batch).tolist() == [[-1, -1]]
+    terminal = batch._replace(discounts=torch.zeros(1))
+    assert qrdqn.quantile_target(target, terminal).tolist() == [[1, 1]]
 
 
 def test_qrdqn_against_a_loop(qrdqn):
-    rng = np.random.default_rng(0)
-    states, actions_, n, size = 20, 3, 11, 16
-    online = (2 * rng.normal(size=(states, actions_, n))).astype(np.float32)
-    target = (2 * rng.normal(size=(states, actions_, n))).astype(np.float32)
-    obs, next_obs = rng.integers(states, size=size), rng.integers(states, size=size)
-    actions, rewards, discounts = (
-        rng.integers(actions_, size=size),
-        rng.normal(size=size),
-        rng.choice([0, 0.97], size=size),
-    )
-    batch = make_batch(qrdqn, obs, actions, next_obs, rewards, discounts)
-    losses, _ = qrdqn.quantile_loss(Table(online), batch, qrdqn.quantile_target(Table(target), batch))
-    for b in range(size):
-        means = [sum(float(x) for x in target[next_obs[b], a]) / n for a in range(actions_)]
-        best = means.index(max(means))
+    n = 11
+    online, target = random_tables(n)
+    batch, transitions = random_batch(qrdqn)
+    losses, q_values = qrdqn.quantile_loss(online, batch, qrdqn.quantile_target(target, batch))
+    for b, (obs, action, reward, next_obs, discount) in enumerate(transitions):
+        means = [sum(target.slow(next_obs)[a]) / n for a in range(ACTIONS)]
+        next_theta = target.slow(next_obs)[means.index(max(means))]
+        theta = online.slow(obs)[action]
         total = 0.0
         for j in range(n):
-            y = rewards[b] + discounts[b] * float(target[next_obs[b], best, j])
             for i in range(n):
-                u = y - float(online[obs[b], actions[b], i])
-                huber = 0.5 * u * u if abs(u) <= 1 else abs(u) - 0.5
-                total += abs((i + 0.5) / n - (u < 0)) * huber
+                u = reward + discount * next_theta[j] - theta[i]
+                total += abs((i + 0.5) / n - (u < 0)) * slow_huber(u)
         assert losses[b].item() == pytest.approx(total / n, rel=1e-4)
+        assert q_values[b].item() == pytest.approx(theta.mean(), abs=1e-5)
 
 
 class Atoms(Table):
-    """Logits of a table, with the support of rainbow's network; its `mean` is a slow one."""
+    """Logits of a table, with a support; its `mean` is a slow one."""
 
-    def __init__(self, values, v_min, v_max):
+    def __init__(self, values, v_min=-5, v_max=5):
         super().__init__(values)
         self.support = torch.linspace(v_min, v_max, self.values.shape[-1])
 
@@ -120,41 +158,43 @@ class Atoms(Table):
         return (torch.exp(output) / torch.exp(output).sum(dim=-1, keepdim=True)) @ self.support
 
 
-def brute_force_projection(probabilities, rewards, discounts, support):
+def slow_projection(probabilities, reward, discount, support):
     """Bellemare et al., 2017, algorithm 1, one atom at a time in float64."""
     n, low, high = len(support), float(support[0]), float(support[-1])
     step = (high - low) / (n - 1)
-    projected = np.zeros((len(probabilities), n))
-    for b in range(len(probabilities)):
-        for j in range(n):
-            b_j = (min(max(rewards[b] + discounts[b] * (low + j * step), low), high) - low) / step
-            lower, upper = math.floor(b_j + 1e-12), math.ceil(b_j - 1e-12)
-            if lower == upper:
-                projected[b, lower] += probabilities[b, j]
-            else:
-                projected[b, lower] += probabilities[b, j] * (upper - b_j)
-                projected[b, upper] += probabilities[b, j] * (b_j - lower)
+    projected = np.zeros(n)
+    for j in range(n):
+        b_j = (min(max(reward + discount * (low + j * step), low), high) - low) / step
+        lower, upper = math.floor(b_j + 1e-12), math.ceil(b_j - 1e-12)
+        if lower == upper:
+            projected[lower] += probabilities[j]
+        else:
+            projected[lower] += probabilities[j] * (upper - b_j)
+            projected[upper] += probabilities[j] * (b_j - lower)
     return projected
 
 
 @pytest.mark.parametrize(("n", "v_min", "v_max"), [(51, -10, 10), (51, -100, 100), (2, -1, 1), (11, 0, 10)])
-def test_projection_against_brute_force(rainbow, n, v_min, v_max):
+def test_projection_against_a_loop(rainbow, n, v_min, v_max):
     rng = np.random.default_rng(n)
-    probabilities = rng.dirichlet(np.full(n, 0.3), size=200)
-    rewards, discounts = rng.normal(0, v_max / 2, size=200), rng.choice([0, 0.9, 0.99**3, 1.0], size=200)
-    support = torch.linspace(v_min, v_max, n)
-    atoms = torch.tensor(rewards[:, None] + discounts[:, None] * support.numpy(), dtype=torch.float32)
-    projected = rainbow.project(torch.tensor(probabilities, dtype=torch.float32), atoms, support).numpy()
-    np.testing.assert_allclose(projected, brute_force_projection(probabilities, rewards, discounts, support), atol=2e-5)
+    probabilities = rng.dirichlet(np.full(n, 0.3), size=100)
+    rewards = rng.normal(0, v_max / 2, size=100)
+    discounts = rng.choice([0, 0.9, 0.99**3, 1.0], size=100)
+    support = np.linspace(v_min, v_max, n)
+    atoms = rewards[:, None] + discounts[:, None] * support
+    tensors = [torch.tensor(x, dtype=torch.float32) for x in (probabilities, atoms, support)]
+    projected = rainbow.project(*tensors).numpy()
+    for b in range(100):
+        expected = slow_projection(probabilities[b], rewards[b], discounts[b], support)
+        np.testing.assert_allclose(projected[b], expected, atol=2e-5)
     np.testing.assert_allclose(projected.sum(axis=1), 1, atol=1e-5)  # no mass is lost
-    ends = rewards[:, None] + discounts[:, None] * np.array([v_min, v_max])
-    inside = (ends >= v_min).all(axis=1) & (ends <= v_max).all(axis=1)  # nothing is clipped: the mean stays
+    inside = (atoms >= v_min).all(axis=1) & (atoms <= v_max).all(axis=1)  # nothing is clipped: the mean stays
     assert inside.any()
-    mean = rewards + discounts * (probabilities @ support.numpy())
-    np.testing.assert_allclose((projected @ support.numpy())[inside], mean[inside], atol=1e-4 * v_max)
+    mean = rewards + discounts * (probabilities @ support)
+    np.testing.assert_allclose((projected @ support)[inside], mean[inside], atol=1e-4 * v_max)
 
 
-def test_projection_corner_cases(rainbow):
+def test_projection_by_hand(rainbow):
     """Support -2, -1, 0, 1, 2 and powers of two: every number is exact."""
     support = torch.linspace(-2, 2, 5)
     p = torch.tensor([[0.5, 0.0, 0.25, 0.0, 0.25]])
@@ -176,104 +216,72 @@ def test_projection_corner_cases(rainbow):
 @pytest.mark.parametrize(("name", "double"), [("rainbow", False), ("rainbow", True), ("der", True), ("spr", True)])
 def test_c51_against_a_loop(name, double, request):
     """The same function of the same numbers in three files; spr's loss has the latents as its input."""
-    module, rng = request.getfixturevalue(name), np.random.default_rng(0)
-    states, actions_, n, size = 20, 3, 21, 32
-    online = Atoms(rng.normal(size=(states, actions_, n)), -5, 5)
-    target = Atoms(rng.normal(size=(states, actions_, n)), -5, 5)
-    online.distributions = online.forward
-    obs, next_obs = rng.integers(states, size=size), rng.integers(states, size=size)
-    actions, rewards = rng.integers(actions_, size=size), rng.normal(size=size)
-    discounts = rng.choice([0, 0.97], size=size)
-    batch = make_batch(module, obs, actions, next_obs, rewards, discounts)
+    module = request.getfixturevalue(name)
+    online, target = random_tables(21, kind=Atoms)
+    batch, transitions = random_batch(module)
     if name == "rainbow":
         targets = module.rainbow_target(online, target, batch, double)
         losses, q_values = module.rainbow_loss(online, batch, targets)
-    else:
+    elif name == "der":
         targets = module.c51_target(online, target, batch)
-        loss = module.c51_loss if name == "der" else lambda network, *x: module.latent_loss(network, batch.obs, *x)
-        losses, q_values = loss(online, batch, targets)
+        losses, q_values = module.c51_loss(online, batch, targets)
+    else:
+        online.distributions = online.forward
+        targets = module.c51_target(online, target, batch)
+        losses, q_values = module.latent_loss(online, batch.obs, batch, targets)
 
-    def softmax(x):
-        x = np.exp(x.astype(np.float64))
-        return x / x.sum()
+    def slow_softmax(x):
+        return np.exp(x) / np.exp(x).sum()
 
-    tables = {"online": online.values.detach().numpy(), "target": target.values.detach().numpy()}
-    support = np.linspace(-5, 5, n)
-    for b in range(size):
-        chooser = tables["online" if double else "target"][next_obs[b]]
-        means = [softmax(chooser[a]) @ support for a in range(actions_)]
-        chosen = softmax(tables["target"][next_obs[b], means.index(max(means))])
-        expected = brute_force_projection(chosen[None], rewards[b : b + 1], discounts[b : b + 1], support)[0]
-        predicted = softmax(tables["online"][obs[b], actions[b]])
+    support = np.linspace(-5, 5, 21)
+    chooser = online if double else target
+    for b, (obs, action, reward, next_obs, discount) in enumerate(transitions):
+        means = [slow_softmax(chooser.slow(next_obs)[a]) @ support for a in range(ACTIONS)]
+        chosen = slow_softmax(target.slow(next_obs)[means.index(max(means))])
+        expected = slow_projection(chosen, reward, discount, support)
+        predicted = slow_softmax(online.slow(obs)[action])
         np.testing.assert_allclose(targets[b].numpy(), expected, atol=1e-5)
         assert losses[b].item() == pytest.approx(-(expected * np.log(predicted)).sum(), rel=1e-4)
         assert q_values[b].item() == pytest.approx(predicted @ support, abs=1e-4)
     losses.sum().backward()
-    assert online.values.grad is not None and target.values.grad is None
-
-
-def test_drq_against_a_loop(drq_eps):
-    """Huber loss of r + gamma Q(s', argmax of the online Q; target): squared within 1, then linear."""
-    rng = np.random.default_rng(0)
-    online, target = rng.normal(0, 2, size=(2, 50, 5)).astype(np.float32)
-    obs, next_obs, actions = rng.integers(50, size=64), rng.integers(50, size=64), rng.integers(5, size=64)
-    rewards, discounts = rng.normal(size=64), rng.choice([0, 0.99**10], size=64)
-    batch = make_batch(drq_eps, obs, actions, next_obs, rewards, discounts)
-    table, frozen = Table(online), Table(target)
-    losses, q_values = drq_eps.huber_loss(table, batch, drq_eps.double_target(table, frozen, batch))
-    kinds = set()
-    for i in range(64):
-        best = max(range(5), key=lambda a: online[next_obs[i], a])
-        error = rewards[i] + discounts[i] * float(target[next_obs[i], best]) - float(online[obs[i], actions[i]])
-        kinds.add(abs(error) <= 1)
-        expected = 0.5 * error**2 if abs(error) <= 1 else abs(error) - 0.5
-        assert losses[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
-        assert q_values[i].item() == pytest.approx(float(online[obs[i], actions[i]]))
-    assert kinds == {True, False}
-    losses.sum().backward()
-    assert table.values.grad is not None and frozen.values.grad is None
-
-
-def test_double_takes_the_online_networks_action_and_the_target_networks_value(rainbow, iqn):
-    """Online prefers action 0, target action 1; without distributions the target is 1 + 0.5 * the chosen value."""
-    online, target = Atoms([[[9.0], [0.0]]], -1, 1), Atoms([[[2.0], [4.0]]], -1, 1)
-    batch = make_batch(rainbow, [0], [0], [0], [1.0], [0.5])
-    assert rainbow.rainbow_target(online, target, batch, False).tolist() == [[3.0]]
-    assert rainbow.rainbow_target(online, target, batch, True).tolist() == [[2.0]]
-    online, target = Linear([[9.0, 0.0]]), Linear([[2.0, 4.0]])
-    tau = torch.tensor([[0.5, 1.0]])
-    assert iqn.implicit_target(online, target, batch, tau, tau[:, :1], False).tolist() == [[1 + 0.5 * 2, 1 + 0.5 * 4]]
-    assert iqn.implicit_target(online, target, batch, tau, tau[:, :1], True).tolist() == [[1 + 0.5 * 1, 1 + 0.5 * 2]]
+    assert online.values.grad is not None
+    assert target.values.grad is None
 
 
 def test_rainbow_without_its_parts_is_dqn(dqn, rainbow):
-    """The same weights and the same batch of Atari frames: the same targets, losses and gradients as dqn.py's."""
-    flags = {"prioritized": False, "n_step": 1, "network": "nature"}
-    mine, theirs = make_network(rainbow, distributional=False, **flags), make_network(dqn, **flags)
-    for seed, network in enumerate((theirs, copy.deepcopy(theirs))):
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
-        theirs_target = network
+    """The same weights and the same batch: the same targets, losses and gradients as dqn.py's."""
+    shape = (10, 10, 4)
+    theirs = make_network(dqn, shape)
+    theirs_target = make_network(dqn, shape, seed=2)
+    mine = make_network(rainbow, shape, distributional=False)
     mine_target = copy.deepcopy(mine)
     mine.load_state_dict(theirs.state_dict())
     mine_target.load_state_dict(theirs_target.state_dict())
-    rng = np.random.default_rng(0)
-    obs, next_obs = [torch.from_numpy(rng.integers(256, size=(8, 4, 84, 84), dtype=np.uint8)) for _ in range(2)]
-    floats = [torch.from_numpy(rng.normal(size=8).astype(np.float32)) for _ in range(2)]
-    batch = dqn.Batch(obs, torch.arange(8) % 6, next_obs, *floats, torch.ones(8), np.arange(8))
-    targets, losses = (
-        dqn.td_target(theirs_target, batch),
-        dqn.td_loss(theirs, batch, dqn.td_target(theirs_target, batch)),
-    )
+    generator = torch.Generator().manual_seed(0)
+    obs, next_obs = torch.rand(2, 8, *shape, generator=generator) < 0.3
+    rewards, discounts = torch.rand(2, 8, generator=generator)
+    batch = dqn.Batch(obs, torch.arange(8) % 6, rewards, next_obs, discounts, np.arange(8))
+
+    targets = dqn.td_target(theirs_target, batch)
+    losses, q_values = dqn.td_loss(theirs, batch, targets)
     own_targets = rainbow.rainbow_target(mine, mine_target, batch, False)
-    own_losses = rainbow.rainbow_loss(mine, batch, own_targets)
+    own_losses, own_q_values = rainbow.rainbow_loss(mine, batch, own_targets)
     assert torch.equal(own_targets[:, 0], targets)
-    assert torch.equal(own_losses[0], losses[0]) and torch.equal(own_losses[1], losses[1])
-    own_losses[0].mean().backward()
-    losses[0].mean().backward()
+    assert torch.equal(own_losses, losses)
+    assert torch.equal(own_q_values, q_values)
+    own_losses.mean().backward()
+    losses.mean().backward()
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_rainbow_double_without_distributions(rainbow):
+    """Online prefers action 0, target action 1: 1 + 0.5 * the target network's value of the chosen."""
+    online = Atoms([[[9.0], [0.0]]])
+    target = Atoms([[[2.0], [4.0]]])
+    batch = make_batch(rainbow, [0], [0], [1.0], [0], [0.5])
+    assert rainbow.rainbow_target(online, target, batch, False).tolist() == [[3.0]]
+    assert rainbow.rainbow_target(online, target, batch, True).tolist() == [[2.0]]
 
 
 class Linear(Table):
@@ -289,8 +297,9 @@ def test_iqn_by_hand(iqn):
     u_ij: i = 0: 2, 1 -> Huber 1.5, 0.5, weight 1/4; i = 1: 0, -1 -> Huber 0, 0.5, weights 3/4, 1/4.
     Sum over i, mean over j: (0.375 + 0.125 + 0 + 0.125) / 2 = 0.3125.
     """
-    online, target = Linear([[9.0, 4.0]]), Linear([[8.0, 7.0]])
-    batch = make_batch(iqn, [0], [1], [0], [1.0], [0.5])
+    online = Linear([[9.0, 4.0]])
+    target = Linear([[8.0, 7.0]])
+    batch = make_batch(iqn, [0], [1], [1.0], [0], [0.5])
     targets = iqn.implicit_target(online, target, batch, torch.tensor([[0.5, 0.25]]), torch.tensor([[0.1, 0.9]]), False)
     assert targets.tolist() == [[3, 2]]
     losses, q_values = iqn.implicit_loss(online, batch, targets, torch.tensor([[0.25, 0.75]]))
@@ -302,40 +311,38 @@ def test_iqn_by_hand(iqn):
     assert target.values.grad is None
 
 
-def test_iqn_against_a_loop(iqn):
-    rng = np.random.default_rng(0)
-    states, actions_, size = 20, 3, 16
-    counts = {"tau": 7, "target": 5, "policy": 3}
-    online, target = rng.normal(0, 2, size=(2, states, actions_)).astype(np.float32)
-    obs, next_obs = rng.integers(states, size=size), rng.integers(states, size=size)
-    actions, rewards = rng.integers(actions_, size=size), rng.normal(size=size)
-    discounts = rng.choice([0, 0.97], size=size)
-    tau = {name: rng.random((size, n)).astype(np.float32) for name, n in counts.items()}
-    batch = make_batch(iqn, obs, actions, next_obs, rewards, discounts)
-    torch_tau = {name: torch.from_numpy(x) for name, x in tau.items()}
-    frozen = Linear(target)
-    targets = iqn.implicit_target(frozen, frozen, batch, torch_tau["target"], torch_tau["policy"], False)
-    losses, _ = iqn.implicit_loss(Linear(online), batch, targets, torch_tau["tau"])
-    for b in range(size):
-        means = [np.mean([float(target[next_obs[b], a]) * float(t) for t in tau["policy"][b]]) for a in range(actions_)]
-        best, total = means.index(max(means)), 0.0
-        for t_j in tau["target"][b]:
-            y = rewards[b] + discounts[b] * float(target[next_obs[b], best]) * float(t_j)
-            for t_i in tau["tau"][b]:
-                u = y - float(online[obs[b], actions[b]]) * float(t_i)
-                huber = 0.5 * u * u if abs(u) <= 1 else abs(u) - 0.5
-                total += abs(float(t_i) - (u < 0)) * huber
-        assert losses[b].item() == pytest.approx(total / counts["target"], rel=1e-4, abs=1e-6)
+@pytest.mark.parametrize("double", [False, True])
+def test_iqn_against_a_loop(iqn, double):
+    online, target = random_tables(kind=Linear)
+    batch, transitions = random_batch(iqn)
+    rng = np.random.default_rng(2)
+    tau, target_tau, policy_tau = [rng.random((SIZE, n)) for n in (7, 5, 3)]
+    tensors = [torch.tensor(x, dtype=torch.float32) for x in (tau, target_tau, policy_tau)]
+    targets = iqn.implicit_target(online, target, batch, *tensors[1:], double)
+    losses, _ = iqn.implicit_loss(online, batch, targets, tensors[0])
+    chooser = online if double else target
+    for b, (obs, action, reward, next_obs, discount) in enumerate(transitions):
+        means = [np.mean([chooser.slow(next_obs)[a] * t for t in policy_tau[b]]) for a in range(ACTIONS)]
+        value = target.slow(next_obs)[means.index(max(means))]
+        total = 0.0
+        for t_j in target_tau[b]:
+            for t_i in tau[b]:
+                u = reward + discount * value * t_j - online.slow(obs)[action] * t_i
+                total += abs(t_i - (u < 0)) * slow_huber(u)
+        assert losses[b].item() == pytest.approx(total / 5, rel=1e-4, abs=1e-6)
 
 
-def test_act_is_greedy_or_random_as_epsilon_says(agent):
+def test_act_is_greedy_or_random_as_epsilon_says(dqn):
+    """The same function in every agent."""
+
     class Network(torch.nn.Module):
-        def q_values(self, obs, rng):
+        def q_values(self, obs):
             return torch.tensor([[0.0, 3.0, 1.0]])
 
-    obs, rng = np.zeros((1, 4), np.uint8), np.random.default_rng(0)
-    greedy = [agent.act(Network(), obs, 0.0, 3, rng, "cpu") for _ in range(20)]
+    obs = np.zeros((1, 4), np.uint8)
+    rng = np.random.default_rng(0)
+    greedy = [dqn.act(Network(), obs, 0.0, 3, rng, "cpu") for _ in range(20)]
     assert all(action.shape == (1,) and action[0] == 1 for action in greedy)
-    mixed = np.concatenate([agent.act(Network(), obs, 0.5, 3, rng, "cpu") for _ in range(6_000)])
+    mixed = np.concatenate([dqn.act(Network(), obs, 0.5, 3, rng, "cpu") for _ in range(6_000)])
     shares = np.bincount(mixed, minlength=3) / len(mixed)
     np.testing.assert_allclose(shares, [1 / 6, 2 / 3, 1 / 6], atol=0.03)

@@ -1,13 +1,23 @@
-"""The replay against a slow, obvious loop over the whole history of a scripted game."""
+"""The replay against a slow, obvious loop over the whole history of a scripted game.
 
+The classes have the same text in every agent (test_one_name.py), so one file of each stands for all.
+"""
+
+import functools
+import io
 import math
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
 import torch
+from conftest import make_args
 
-STACK = 4
+GAMMA = 0.9
+LENGTHS = [7, 12, 1, 2, 1, 3, 30]  # shorter than n and than the stack, and longer
+ENDINGS = ["terminal", "truncation", "terminal", "both", "truncation", "terminal", "terminal"]
 
 
 class Script:
@@ -16,249 +26,331 @@ class Script:
     The frame of step t of episode e spells e and t in bits: no two frames are alike, and none is zero.
     """
 
-    def __init__(self, lengths, ends, channels=1, dtype=np.uint8):
-        self.lengths, self.ends, self.channels, self.dtype = lengths, ends, channels, dtype
+    def __init__(self, lengths, ends, stack=4):
+        self.lengths = lengths
+        self.ends = ends
+        self.stack = stack
         rng = np.random.default_rng(0)
-        self.actions = {(e, t): int(rng.integers(6)) for e, length in enumerate(lengths) for t in range(length)}
-        self.rewards = {key: float(rng.integers(-9, 10)) / 8 for key in self.actions}
+        steps = [(e, t) for e, length in enumerate(lengths) for t in range(length)]
+        self.actions = {key: int(rng.integers(6)) for key in steps}
+        self.rewards = {key: float(rng.integers(-9, 10)) / 8 for key in steps}
+        self.blank = np.zeros((4, 4, 5), np.uint8) if stack == 4 else np.zeros((4, 5, 3), bool)
+
+    def terminates(self, e):
+        return self.ends[e] in ("terminal", "both")
 
     def frame(self, e, t):
         bits = [(1 + e) >> i & 1 for i in range(10)] + [(1 + t) >> i & 1 for i in range(10)]
-        return np.tile(np.array(bits, self.dtype).reshape(4, 5), (self.channels, 1, 1))
+        return np.array(bits, np.uint8).reshape(4, 5)
 
-    def obs(self, e, t, stack):
-        """The stacked observation: frames before the episode's first are zeros."""
-        blank = np.zeros((self.channels, 4, 5), self.dtype)
-        return np.concatenate([self.frame(e, i) if i >= 0 else blank for i in range(t - stack + 1, t + 1)])
+    def obs(self, e, t):
+        """A stack with zeros before the episode's first frame, or one frame of three channels, as MinAtar has."""
+        obs = self.blank.copy()
+        if self.stack == 1:
+            obs[:] = self.frame(e, t)[:, :, None]
+            return obs
+        for back in range(4):
+            if t >= back:
+                obs[3 - back] = self.frame(e, t - back)
+        return obs
 
-    @staticmethod
-    def decode(obs):
-        """(episode, step) of the newest frame of a stacked observation."""
-        bits = obs[-1].astype(int).ravel()
+    def decode(self, obs):
+        """(episode, step) of an observation."""
+        bits = (obs[3] if self.stack == 4 else obs[:, :, 0]).astype(int).ravel()
         return int(bits[:10] @ 2 ** np.arange(10)) - 1, int(bits[10:] @ 2 ** np.arange(10)) - 1
 
-    def play(self, replay, stack, after_each=lambda e, t: None):
-        for e, (length, end) in enumerate(zip(self.lengths, self.ends, strict=True)):
+    def steps(self):
+        """Each step, and what the replay is told of it."""
+        for e, length in enumerate(self.lengths):
             for t in range(length):
                 last = t == length - 1
-                replay.add(
-                    self.obs(e, t, stack)[None],
-                    self.obs(e, t + 1, stack)[None],
-                    np.array([self.actions[e, t]]),
-                    np.array([self.rewards[e, t]]),
-                    np.array([last and end in ("terminal", "both")]),
-                    np.array([last and end in ("truncation", "both")]),
+                yield (
+                    (e, t),
+                    (
+                        self.obs(e, t)[None],
+                        self.obs(e, t + 1)[None],
+                        np.array([self.actions[e, t]]),
+                        np.array([self.rewards[e, t]]),
+                        np.array([last and self.terminates(e)]),
+                        np.array([last and self.ends[e] in ("truncation", "both")]),
+                    ),
                 )
-                after_each(e, t)
 
-    def expected(self, e, t, n, gamma, stack):
-        """The transition that starts at (e, t), by the definition of the n-step return; None if it must not exist."""
-        total, length = 0.0, self.lengths[e]
-        terminates = self.ends[e] in ("terminal", "both")
+    def play(self, replay):
+        for _, step in self.steps():
+            replay.add(*step)
+
+    @functools.cache  # noqa: B019
+    def expected(self, e, t, n):
+        """What must be sampled from step t of episode e: reward, discount, next_obs and the step that completes it.
+
+        None if its window crosses a truncation.
+        """
+        reward = 0.0
         for k in range(n):
-            if t + k >= length:
-                return None  # it would cross a truncation
-            total += gamma**k * self.rewards[e, t + k]
-            if terminates and t + k == length - 1:
-                return total, 0.0, np.zeros((stack * self.channels, 4, 5), self.dtype)
-        return total, gamma**n, self.obs(e, t + n, stack)
+            if t + k >= self.lengths[e]:
+                return None
+            reward += GAMMA**k * self.rewards[e, t + k]
+            if self.terminates(e) and t + k == self.lengths[e] - 1:
+                return reward, 0.0, self.blank, (e, t + k)
+        return reward, GAMMA**n, self.obs(e, t + n), (e, t + n - 1)
 
 
-def make_replay(module, capacity, n_step, prioritized, space=gym.spaces.Box(0, 255, (STACK, 4, 5), np.uint8)):  # noqa: B008
-    args = module.Args(total_timesteps=2**31, buffer_size=capacity, n_step=n_step, prioritized=prioritized, gamma=0.9)
-    return module.FrameReplay(space, 6, args, "cpu", np.random.default_rng(3))
-
-
-def check_batch(script, replay, batch, stack=STACK):
-    for i in range(len(batch.actions)):
-        e, t = script.decode(batch.obs[i].numpy())
-        expected = script.expected(e, t, replay.n_step, replay.gamma, stack)
-        assert expected is not None, f"the window from step {t} of episode {e} must not be sampled"
-        rewards, discount, next_obs = expected
-        np.testing.assert_array_equal(batch.obs[i].numpy(), script.obs(e, t, stack))
-        np.testing.assert_array_equal(batch.next_obs[i].numpy(), next_obs)
-        assert batch.actions[i].item() == script.actions[e, t]
-        assert batch.rewards[i].item() == pytest.approx(rewards, abs=1e-6)
-        assert batch.discounts[i].item() == pytest.approx(discount, abs=1e-6)
-
-
-def starts(script, replay):
-    """(episode, step) of every row that can be sampled."""
-    rows = np.flatnonzero(replay.priorities)
-    weights = np.ones(len(rows), np.float32)
-    return {script.decode(obs) for obs in replay._get_samples(rows, weights).obs.numpy()} if len(rows) else set()
-
-
-ENDINGS = ["terminal", "truncation", "terminal", "both", "truncation", "terminal", "terminal"]
-
-
-@pytest.mark.parametrize("prioritized", [False, True], ids=["uniform", "prioritized"])
-@pytest.mark.parametrize("n_step", [1, 3, 10])
-@pytest.mark.parametrize("capacity", [500, 41, 33], ids=["not full", "full", "full many times"])
-def test_every_sampled_transition(agent, capacity, n_step, prioritized):
-    """Full and partly filled rings, both ends of episodes, episodes shorter than n and than the stack."""
-    lengths = [7, 12, 1, 2, 1, 3, 30]
-    script = Script(lengths * 4, ENDINGS * 4)
-    replay = make_replay(agent, capacity, n_step, prioritized)
-    added = []  # (row, episode, step) as time went on
-
-    def after_each(e, t):
-        added.append((e, t))
-        if not replay.priorities.any():
-            return
-        batch = replay.sample(16)
-        check_batch(script, replay, batch)
-        assert batch.weights.tolist() == [1.0] * 16  # until losses are known, all priorities are 1
-        assert not replay.priorities.ravel()[capacity:].any()
-        np.testing.assert_array_equal(replay.sums, replay.priorities.sum(axis=1))
-
-    script.play(replay, STACK, after_each)
-    found = starts(script, replay)
-    # what must be sampleable: every window that is complete and whose frames are still in the ring
-    complete = [(e, t) for e, t in added if script.expected(e, t, n_step, 0.9, STACK) is not None]
-    if capacity == 500:
-        assert found == set(complete)
-    else:
-        assert replay.full
-        rows_since = {key: len(added) - i for i, key in enumerate(added)}  # a truncation takes one row more
-        cuts = sum(end == "truncation" for end in script.ends[-14:])
-        young = {key for key in complete if rows_since[key] <= capacity - cuts - STACK - 2}
-        assert young <= found <= set(complete)
-        assert all(rows_since[key] <= capacity - 2 for key in found)
-
-
-def test_last_starts_before_a_termination_have_shorter_returns(agent):
-    script = Script([5], ["terminal"])
-    replay = make_replay(agent, 50, 3, False)
-    script.play(replay, STACK)
-    assert starts(script, replay) == {(0, t) for t in range(5)}
-    batch = replay._get_samples(np.arange(5), np.ones(5, np.float32))
-    r = [script.rewards[0, t] for t in range(5)]
-    assert batch.rewards[4].item() == pytest.approx(r[4], abs=1e-6)
-    assert batch.rewards[3].item() == pytest.approx(r[3] + 0.9 * r[4], abs=1e-6)
-    assert batch.rewards[1].item() == pytest.approx(r[1] + 0.9 * r[2] + 0.81 * r[3], abs=1e-6)
-    assert batch.discounts.tolist() == pytest.approx([0.9**3, 0.9**3, 0, 0, 0])
-
-
-def test_a_truncation_bootstraps_from_its_last_observation(agent):
-    script = Script([5, 4], ["truncation", "terminal"])
-    replay = make_replay(agent, 50, 1, False)
-    script.play(replay, STACK)
-    assert starts(script, replay) == {(0, t) for t in range(5)} | {(1, t) for t in range(4)}
-    batch = replay._get_samples(np.array([4]), np.ones(1, np.float32))
-    assert batch.discounts.item() == pytest.approx(0.9)
-    np.testing.assert_array_equal(batch.next_obs[0].numpy(), script.obs(0, 5, STACK))
-
-
-def test_without_a_stack(agent):
-    """MinAtar's case: one frame of several channels."""
-    script = Script([7, 12, 1, 2, 40], ["terminal", "truncation", "terminal", "both", "terminal"], 3, bool)
-    replay = make_replay(agent, 33, 3, False, gym.spaces.Box(0, 1, (3, 4, 5), bool))
-    script.play(
-        replay, 1, lambda e, t: check_batch(script, replay, replay.sample(16), 1) if replay.priorities.any() else 0
+def make_replay(module, kind, capacity, n_step=1, stack=4, obs_space=None):
+    if obs_space is None:
+        obs_space = gym.spaces.Box(0, 255, (4, 4, 5), np.uint8)
+        if stack == 1:
+            obs_space = gym.spaces.Box(0, 1, (4, 5, 3), bool)
+    args = make_args(
+        module,
+        env_id="ALE/Pong-v5" if stack == 4 else "MinAtar/Breakout-v1",
+        buffer_size=capacity,
+        total_timesteps=2**31 - 1,
+        n_step=n_step,
+        gamma=GAMMA,
     )
-    assert replay.full
+    return getattr(module, kind)(obs_space, args, "cpu", np.random.default_rng(3))
 
 
-def test_long_episodes(agent):
-    """The age of a row is kept in one byte: steps beyond 255 must still have whole stacks."""
-    script = Script([700], ["terminal"])
-    replay = make_replay(agent, 1000, 3, False)
-    script.play(replay, STACK)
-    check_batch(script, replay, replay._get_samples(np.arange(700), np.ones(700, np.float32)))
+def reload(replay, fresh):
+    """Write a replay to a file as a checkpoint does, and read it into a fresh one."""
+    file = io.BytesIO()
+    torch.save(replay.state_dict(), file)
+    file.seek(0)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    fresh.rng = replay.rng
+    return fresh
 
 
-def test_bytes_of_a_transition(agent):
-    replay = make_replay(agent, 100_000, 3, True, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8))
-    arrays = [v for v in vars(replay).values() if isinstance(v, np.ndarray)]
+def sample_rows(replay, rows):
+    """The batch that these rows make."""
+    replay.draw = lambda batch_size: np.array(rows)
+    batch = replay.sample(len(rows))
+    del replay.draw
+    return batch
+
+
+def check_batch(script, replay, batch):
+    keys = [script.decode(obs) for obs in batch.obs.numpy()]
+    expected = [script.expected(*key, replay.n_step) for key in keys]
+    assert None not in expected, "a window that crosses a truncation was sampled"
+    rewards, discounts, next_obs, _ = zip(*expected, strict=True)
+    assert batch.actions.dtype == torch.int64
+    assert batch.rewards.dtype == batch.discounts.dtype == torch.float32
+    np.testing.assert_array_equal(batch.obs, np.stack([script.obs(*key) for key in keys]))
+    np.testing.assert_array_equal(batch.actions, [script.actions[key] for key in keys])
+    np.testing.assert_allclose(batch.rewards, rewards, atol=1e-6)
+    np.testing.assert_array_equal(batch.next_obs, np.stack(next_obs))
+    np.testing.assert_allclose(batch.discounts, discounts, rtol=1e-6)
+
+
+RINGS = [(500, n_step) for n_step in (1, 3, 5, 10)]  # never full
+RINGS += [(33, n_step) for n_step in (1, 3, 5, 10)]  # full many times
+RINGS += [(77, 3), (78, 3)]  # with a truncation in the last row, and in the one before
+
+
+@pytest.mark.parametrize(("kind", "stack"), [("FrameReplay", 4), ("PrioritizedReplay", 4), ("PrioritizedReplay", 1)])
+@pytest.mark.parametrize(("capacity", "n_step"), RINGS)
+def test_every_sampled_transition(qrdqn, capacity, n_step, stack, kind):
+    """After every step: exactly the rows that may be sampled are, and every number of them is right.
+
+    Saved and loaded on the way, in the middle of episodes and at their ends.
+    """
+    script = Script(LENGTHS * 3, ENDINGS * 3, stack)
+    replay = make_replay(qrdqn, kind, capacity, n_step, stack)
+    position = {}  # of each step, had the ring no end
+    ages = np.full(capacity, -1)
+    free = 0
+    for count, (key, step) in enumerate(script.steps()):
+        replay.add(*step)
+        position[key] = free
+        newest = free
+        ages[newest % capacity] = key[1]
+        ages[(newest + 1) % capacity] = -1  # the last frame so far: no step
+        truncated = step[-1][0] and not step[-2][0]
+        free += 2 if truncated else 1  # the last frame has a row of its own
+        if count % 9 == 0:
+            replay = reload(replay, make_replay(qrdqn, kind, capacity, n_step, stack))
+
+        # complete, and neither itself nor a frame of its stack is overwritten by the newest step's two frames
+        possible = set()
+        for (e, t), place in position.items():
+            found = script.expected(e, t, n_step)
+            complete = found is not None and found[-1] in position
+            if complete and place - (stack - 1) + capacity > newest + 1:
+                possible.add(place % capacity)
+        assert set(np.flatnonzero(replay.ready)) == possible
+        np.testing.assert_array_equal(replay.ages, ages)
+        if kind == "PrioritizedReplay":
+            assert (replay.priorities.flat[:capacity] == replay.ready).all()  # until losses are known they are 1
+            assert not replay.priorities.flat[capacity:].any()
+            np.testing.assert_array_equal(replay.sums, replay.priorities.sum(axis=1))
+        if possible:
+            batch = replay.sample(8)
+            assert possible.issuperset(batch.rows)
+            check_batch(script, replay, batch)
+        if possible and count % 5 == 0:
+            check_batch(script, replay, sample_rows(replay, sorted(possible)))
+    assert replay.full == (capacity < 500)
+
+
+def test_by_hand(dqn):
+    """The last starts before a termination have shorter returns; a truncation bootstraps from its last observation."""
+    script = Script([5, 4], ["terminal", "truncation"])
+    replay = make_replay(dqn, "FrameReplay", 50, 3)
+    script.play(replay)
+    assert np.flatnonzero(replay.ready).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    batch = sample_rows(replay, range(7))
+    r = [script.rewards[0, t] for t in range(5)] + [script.rewards[1, t] for t in range(4)]
+    assert batch.rewards[1].item() == pytest.approx(r[1] + 0.9 * r[2] + 0.81 * r[3], abs=1e-6)
+    assert batch.rewards[3].item() == pytest.approx(r[3] + 0.9 * r[4], abs=1e-6)
+    assert batch.rewards[4].item() == pytest.approx(r[4], abs=1e-6)
+    assert batch.rewards[6].item() == pytest.approx(r[6] + 0.9 * r[7] + 0.81 * r[8], abs=1e-6)
+    assert batch.discounts.tolist() == pytest.approx([0.729, 0.729, 0, 0, 0, 0.729, 0.729])
+    np.testing.assert_array_equal(batch.next_obs[6], script.obs(1, 4))
+
+
+def test_long_episodes(dqn):
+    """A step's place in its episode is more than a byte."""
+    script = Script([600], ["terminal"])
+    replay = make_replay(dqn, "FrameReplay", 700, 3)
+    script.play(replay)
+    check_batch(script, replay, sample_rows(replay, range(600)))
+
+
+def test_bytes_of_a_transition(qrdqn):
+    obs_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    replay = make_replay(qrdqn, "PrioritizedReplay", 100_000, obs_space=obs_space)
+    arrays = {name: value for name, value in vars(replay).items() if isinstance(value, np.ndarray)}
+    obs = np.ones((1, 4, 84, 84), np.uint8)
+    for end in (0, 1):
+        replay.add(obs, obs, np.ones(1, int), np.ones(1), np.full(1, end == 1), np.zeros(1, bool))
+    for name in ("dones", "timeouts"):  # SB3's, of which no page is ever touched
+        assert not arrays.pop(name).any()
+    assert set(arrays) == set(replay.arrays)
     assert replay.observations.nbytes == 100_000 * 7_056
-    assert sum(a.nbytes for a in arrays) <= 100_000 * (7_056 + 24)
+    assert sum(array.nbytes for array in arrays.values()) <= 100_000 * (7_056 + 24)
 
 
-def test_prioritized_sampling_frequencies(qrdqn):
-    script = Script([400], ["terminal"])
-    replay = make_replay(qrdqn, 500, 1, True)
-    script.play(replay, STACK)
-    losses = torch.from_numpy(np.random.default_rng(1).exponential(size=400).astype(np.float32))
-    losses[:3] = torch.tensor([0.0, 50.0, 200.0])
-    replay.update_priorities(np.arange(400), losses)
-    expected = np.sqrt(losses.numpy().astype(np.float64) + 1e-10)
-    expected /= expected.sum()
-    draws = 200_000
-    counts = np.zeros(500)
-    for _ in range(draws // 1000):
-        batch = replay.sample(1000)
-        np.add.at(counts, batch.rows, 1)
-    assert counts[400:].sum() == 0
-    counts = counts[:400]
-    deviation = np.abs(counts - draws * expected) / np.sqrt(draws * expected + 1)
-    assert deviation.max() < 5  # standard errors; stratification only makes it smaller
-    # weights: 1 / sqrt(p), divided by the batch's largest
-    priorities = np.sqrt(losses.numpy()[batch.rows].astype(np.float64) + 1e-10)
-    weights = 1 / np.sqrt(priorities + 1e-10)
-    np.testing.assert_allclose(batch.weights.numpy(), weights / weights.max(), rtol=1e-5)
+def test_the_replay_is_as_large_as_the_run(qrdqn):
+    """And no larger: nothing of a short run is overwritten, though a truncation takes a row of its own."""
+    args = make_args(qrdqn, total_timesteps=600, buffer_size=10**6, max_episode_steps=50, n_step=3)
+    obs_space = gym.spaces.Box(0, 1, (4, 5, 3), bool)
+    replay = qrdqn.PrioritizedReplay(obs_space, args, "cpu", np.random.default_rng(0))
+    assert 600 < replay.buffer_size < 650
+    Script([50] * 12, ["truncation"] * 12, stack=1).play(replay)
+    assert not replay.full
+    assert np.count_nonzero(replay.ready) == 12 * 48
+
+
+def test_too_large_a_replay_is_refused_before_it_is_allocated(qrdqn, capsys, monkeypatch):
+    def no_allocation(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(qrdqn.ReplayBuffer, "__init__", no_allocation)
+    obs_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    with pytest.raises(SystemExit) as refusal:
+        make_replay(qrdqn, "PrioritizedReplay", 10**9, obs_space=obs_space)
+    error = capsys.readouterr().err
+    assert refusal.value.code == 2
+    assert error.count("\n") == 1
+    assert "7080.0 GB" in error
+    assert "lower --buffer-size" in error
+
+    # the limit: nine tenths of what is free
+    for free, answer in ((7.9e9, AssertionError), (7.8e9, SystemExit)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        with pytest.raises(answer):
+            make_replay(qrdqn, "FrameReplay", 10**6, obs_space=obs_space)
 
 
 def test_uniform_sampling_is_uniform_and_independent(dqn):
     """Every valid transition as often as any other, and within a batch with the repeats that chance gives."""
-    script = Script([100], ["terminal"])
-    replay = make_replay(dqn, 500, 1, False)
-    script.play(replay, STACK)
-    rows = np.array([replay.sample(100).rows for _ in range(1_000)])
-    counts = np.bincount(rows.ravel(), minlength=100)
-    assert counts.shape == (100,) and np.abs(counts - 1_000).max() < 5 * np.sqrt(1_000)
+    script = Script([60, 8, 40], ["truncation", "terminal", "terminal"])
+    replay = make_replay(dqn, "FrameReplay", 500, 9)
+    script.play(replay)
+    possible = np.flatnonzero(replay.ready)
+    assert len(possible) == 100
+    rows = np.array([replay.draw(100) for _ in range(1_000)])
+    counts = np.bincount(rows.ravel(), minlength=500)[possible]
+    assert counts.sum() == 100_000
+    assert np.abs(counts - 1_000).max() < 5 * np.sqrt(1_000)
     distinct = np.mean([len(set(row)) for row in rows])
     assert distinct == pytest.approx(100 * (1 - 0.99**100), abs=0.5)  # stratified draws would give all 100
 
 
+def test_prioritized_sampling_frequencies(qrdqn):
+    replay = make_replay(qrdqn, "PrioritizedReplay", 500)
+    Script([400], ["terminal"]).play(replay)
+    losses = np.random.default_rng(1).exponential(size=400)
+    losses[:3] = [0, 50, 200]
+    replay.update_priorities(np.arange(400), torch.from_numpy(losses))
+    expected = np.sqrt(losses + 1e-10)
+    expected /= expected.sum()
+    draws = 200_000
+    rows = np.concatenate([replay.draw(1_000) for _ in range(draws // 1_000)])
+    counts = np.bincount(rows, minlength=400)
+    assert len(counts) == 400
+    deviation = np.abs(counts - draws * expected) / np.sqrt(draws * expected + 1)
+    assert deviation.max() < 5  # standard errors; stratification only makes it smaller
+
+
 def test_sampling_is_stratified(qrdqn):
     """With equal priorities and as many draws as rows, each slice of the total is one row: no row comes twice."""
-    script = Script([64], ["terminal"])
-    replay = make_replay(qrdqn, 100, 1, True)
-    script.play(replay, STACK)
+    replay = make_replay(qrdqn, "PrioritizedReplay", 100)
+    Script([64], ["terminal"]).play(replay)
     assert sorted(replay.sample(64).rows) == list(range(64))
 
 
-def test_new_transitions_get_the_largest_priority_seen(qrdqn):
-    script = Script([10, 3], ["terminal", "terminal"])
-    replay = make_replay(qrdqn, 50, 1, True)
-    leaves = replay.priorities.ravel()  # a view
+def test_new_transitions_get_the_largest_priority_so_far(qrdqn):
+    """The largest ever, not the last batch's; it stays through a checkpoint, and is 1 before any loss."""
+    script = Script([60], ["terminal"])
+    replay = make_replay(qrdqn, "PrioritizedReplay", 200)
+    updates = {
+        10: (4, [0.25, 0.01]),  # row, losses: below 1 nothing changes
+        20: (2, [16, 4]),
+        30: (2, [1, 1]),
+        50: (7, [9, 25]),
+    }
+    for (_, t), step in script.steps():
+        if t in updates:
+            row, losses = updates[t]
+            replay.update_priorities(np.array([row, row + 1]), torch.tensor(losses))
+        if t == 40:
+            replay = reload(replay, make_replay(qrdqn, "PrioritizedReplay", 200))
+        replay.add(*step)
+    priorities = replay.priorities.flat[:60]
+    assert priorities[[2, 3, 4, 5, 7, 8]].tolist() == pytest.approx([1, 1, 0.5, 0.1, 3, 5])
+    expected = [1] * 10 + [4] * 30 + [5] * 10
+    assert priorities[[*range(10, 20), *range(20, 50), *range(50, 60)]].tolist() == pytest.approx(expected)
 
-    def after_each(e, t):
-        if (e, t) == (0, 9):
-            assert leaves[:10].tolist() == [1.0] * 10
-            replay.update_priorities(np.array([2, 5]), torch.tensor([16.0, 4.0]))
-            replay.update_priorities(np.array([2]), torch.tensor([1.0]))
 
-    script.play(replay, STACK, after_each)
-    assert leaves[5] == pytest.approx(2) and leaves[2] == pytest.approx(1)
-    assert leaves[10:13].tolist() == pytest.approx([4.0] * 3)
-
-
-@pytest.mark.parametrize("capacity", [1, 63, 64, 65, 4096, 4097, 300_000])
-def test_sum_tree_against_cumulative_sums(agent, capacity):
+@pytest.mark.parametrize("capacity", [14, 64, 65, 4_097])
+def test_search_against_cumulative_sums(qrdqn, capacity):
     rng = np.random.default_rng(capacity)
-    replay, leaves = make_replay(agent, capacity, 1, True, gym.spaces.Box(0, 1, (1, 2, 2), bool)), np.zeros(capacity)
+    replay = make_replay(qrdqn, "PrioritizedReplay", capacity)
+    slow = np.zeros(capacity)
     for _ in range(5):
-        where = rng.integers(capacity, size=min(capacity, 200))
-        values = rng.exponential(size=len(where)) * (rng.random(len(where)) < 0.7)
-        for i, value in zip(where, values, strict=True):
-            leaves[i] = value
-        replay.set_priorities(where, leaves[where])
-    total = leaves.sum()
+        rows = rng.integers(capacity, size=min(capacity, 200))  # some twice: the last counts
+        values = rng.exponential(size=len(rows)) * (rng.random(len(rows)) < 0.7)
+        for row, value in zip(rows, values, strict=True):
+            slow[row] = value
+        replay.set_priorities(rows, values)
+    total = slow.sum()
     assert replay.sums.sum() == pytest.approx(total)
-    if not total:
-        return
-    points = rng.random(500)
-    np.testing.assert_array_equal(replay.find(points), np.searchsorted(leaves.cumsum(), points * total, side="right"))
-    # the ends of the range, where rounding could step off the last leaf or onto an empty one
-    assert (leaves[replay.find(np.array([0.0, math.nextafter(1, 0), 1.0]))] > 0).all()
+    shares = rng.random(500)
+    np.testing.assert_array_equal(replay.find(shares), np.searchsorted(slow.cumsum(), shares * total, side="right"))
+    # the ends of the range, where rounding could step off the last row or onto an empty one
+    assert (slow[replay.find(np.array([0.0, math.nextafter(1, 0), 1.0]))] > 0).all()
 
 
-def test_too_large_a_replay_is_refused_before_it_is_allocated(agent, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        make_replay(agent, 10**9, 1, False, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8))
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert error.count("\n") == 1
-    assert "7080.0 GB" in error and "--buffer-size" in error and "GB of memory are free" in error
+def test_importance_weights(rainbow):
+    """1 / sqrt(priority), divided by the batch's largest: the same function in der.py and spr.py."""
+    replay = make_replay(rainbow, "PrioritizedReplay", 100)
+    Script([64], ["terminal"]).play(replay)
+    assert rainbow.importance_weights(replay, np.arange(8)).tolist() == [1.0] * 8  # equal until losses are known
+    replay.update_priorities(np.arange(3), torch.tensor([16.0, 256.0, 0.0625]))  # priorities 4, 16, 0.25
+    weights = rainbow.importance_weights(replay, np.array([1, 0, 5]))
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == pytest.approx([0.25, 0.5, 1])
+    assert rainbow.importance_weights(replay, np.array([2, 1, 0])).tolist() == pytest.approx([1, 0.125, 0.25])

@@ -50,13 +50,13 @@ def test_interval_ends_are_rliables(metric):
     scores = np.random.default_rng(3).gamma(0.7, 1.0, size=(5, 12))
 
     def ours(rng):
-        found = statistics.estimate(strata_of(scores), rng, [metric], 2_000)[metric]
+        found = statistics.estimate(strata_of(scores), rng, [metric], 1_000)[metric]
         return [found.low, found.high]
 
     def theirs(rng):
         np.random.seed(rng.integers(2**31))  # noqa: NPY002 - rliable draws from it, whatever its random_state
         aggregate = lambda x: np.array([RLIABLE[metric](x)])  # noqa: E731
-        return library.get_interval_estimates({"x": scores}, aggregate, reps=2_000)[1]["x"][:, 0]
+        return library.get_interval_estimates({"x": scores}, aggregate, reps=1_000)[1]["x"][:, 0]
 
     one, other = batches_of_ends(ours, 20), batches_of_ends(theirs, 20)
     error = np.sqrt(one.var(axis=0, ddof=1) / 20 + other.var(axis=0, ddof=1) / 20)
@@ -66,18 +66,18 @@ def test_interval_ends_are_rliables(metric):
 
 def test_probability_of_improvement_is_rliables():
     rng = np.random.default_rng(5)
-    x, y = rng.integers(0, 6, size=(7, 9)) + 0.5, rng.integers(0, 6, size=(4, 9)) + 0.5  # with many ties
+    x, y = rng.integers(0, 6, size=(7, 5)) + 0.5, rng.integers(0, 6, size=(4, 5)) + 0.5  # with many ties
     point = metrics.probability_of_improvement(x, y)
 
     def ours(rng):
-        found = statistics.probability_of_improvement(strata_of(x), strata_of(y), rng, 300)
+        found = statistics.probability_of_improvement(strata_of(x), strata_of(y), rng, 200)
         assert found.point == pytest.approx(point, rel=1e-12)
         return [found.low, found.high]
 
     def theirs(rng):
         np.random.seed(rng.integers(2**31))  # noqa: NPY002 - rliable draws from it, whatever its random_state
         aggregate = lambda x, y: np.array([metrics.probability_of_improvement(x, y)])  # noqa: E731
-        return library.get_interval_estimates({"x": (x, y)}, aggregate, reps=300)[1]["x"][:, 0]
+        return library.get_interval_estimates({"x": (x, y)}, aggregate, reps=200)[1]["x"][:, 0]
 
     one, other = batches_of_ends(ours, 6), batches_of_ends(theirs, 6)
     error = np.sqrt(one.var(axis=0, ddof=1) / 6 + other.var(axis=0, ddof=1) / 6)
@@ -96,7 +96,7 @@ def test_resamples_against_a_loop():
     """The IQM and the other metrics of each resample, one draw at a time; games with 2 to 9 runs."""
     rng = np.random.default_rng(2)
     strata = [rng.normal(size=(runs, 3)) for runs in (2, 9, 5, 3)]
-    counts = statistics._draw_counts([2, 9, 5, 3], 40, np.random.default_rng(0))
+    counts = statistics._draw_counts((2, 9, 5, 3), 40, np.random.default_rng(0))
     assert counts.shape == (40, 19)
     ends = np.cumsum([0, 2, 9, 5, 3])
     for i in range(4):
@@ -115,9 +115,59 @@ def test_resamples_against_a_loop():
             assert found["optimality_gap"][row, point] == pytest.approx(np.mean(gaps), abs=1e-12)
 
 
+@pytest.mark.parametrize(("sizes", "resamples"), [((2, 9, 5, 3), 40), ((3,), 1), ((3, 1, 7), 5)])
+def test_counts_against_a_loop_over_the_draws(sizes, resamples):
+    """One game after the other, resample by resample, the high part of (32 random bits times the size)."""
+    rng = np.random.default_rng(4)
+    expected = np.zeros((resamples, sum(sizes)), int)
+    for game, size in enumerate(sizes):
+        for row in range(resamples):
+            for bits in rng.integers(2**32, size=size, dtype=np.uint32).tolist():
+                expected[row, sum(sizes[:game]) + bits * size // 2**32] += 1
+    found = statistics._draw_counts(sizes, resamples, np.random.default_rng(4))
+    np.testing.assert_array_equal(found, expected)
+    starts = tuple(sum(sizes[game + 1 :]) for game in range(len(sizes)))  # the last game first
+    found = statistics._draw_counts(sizes, resamples, np.random.default_rng(4), starts)
+    parts = np.split(expected, np.cumsum(sizes)[:-1], axis=1)
+    np.testing.assert_array_equal(found, np.concatenate(parts[::-1], axis=1))
+
+
+def test_all_games_are_drawn_together():
+    """A call for each of 55 games took most of a report's time."""
+
+    class Counting:
+        calls = 0
+
+        def integers(self, *args, **kwargs):
+            self.calls += 1
+            return np.random.default_rng(0).integers(*args, **kwargs)
+
+    rng = Counting()
+    assert statistics._draw_counts((14,) * 55, 64, rng).shape == (64, 14 * 55)
+    assert rng.calls == 1
+
+
+def test_wins_against_a_loop():
+    """Games of unequal numbers of runs, with ties within and between the settings."""
+    rng = np.random.default_rng(6)
+    ours = [rng.integers(0, 4, size=runs).astype(float) for runs in (2, 9, 1, 6)]
+    theirs = [rng.integers(0, 4, size=runs).astype(float) for runs in (5, 3, 4, 1)]
+    mine = statistics._draw_counts((2, 9, 1, 6), 30, rng)
+    others = statistics._draw_counts((5, 3, 4, 1), 30, rng)
+    found = statistics._prepare_wins(ours, theirs)(mine, others)
+    for row in range(30):
+        shares, i, j = [], 0, 0
+        for x, y in zip(ours, theirs, strict=True):
+            x_drawn = np.repeat(x, mine[row, i : i + len(x)])
+            y_drawn = np.repeat(y, others[row, j : j + len(y)])
+            shares.append(np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a in x_drawn for b in y_drawn]))
+            i, j = i + len(x), j + len(y)
+        assert found[row] == pytest.approx(np.mean(shares), abs=1e-12)
+
+
 def test_draws_are_fair_and_independent():
     """Counts of a game are multinomial: mean 1, variance 1 - 1/n, covariance -1/n; and other games' are others."""
-    counts = statistics._draw_counts([5, 5, 300], 40_000, np.random.default_rng(0)).astype(float)
+    counts = statistics._draw_counts((5, 5, 300), 40_000, np.random.default_rng(0)).astype(float)
     np.testing.assert_allclose(counts.mean(axis=0), 1, atol=0.03)
     np.testing.assert_allclose(counts[:, :10].var(axis=0), 1 - 1 / 5, atol=0.03)
     covariance = np.cov(counts[:, :10].T)

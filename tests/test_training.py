@@ -1,19 +1,27 @@
 """Whole training runs, at the smallest size that still proves the point."""
 
 import copy
+import functools
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ONLINE, make_args, make_network, scalars, weights
+from conftest import ONLINE, ROOT, make_args, make_network, name_of, scalars, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+WEIGHTED = ["rainbow", "der", "spr"]  # their losses, by the priorities
+PRIORITIZED = [*WEIGHTED, "qrdqn"]  # and by the study's protocol without weights
 
 
 @pytest.fixture(autouse=True)
@@ -21,299 +29,369 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run(agent, monkeypatch, **flags):
-    """Train, and return the run's folder, its actions and its losses."""
-    actions, losses = [], []
-    act, backward = agent.act, torch.Tensor.backward
-    monkeypatch.setattr(agent, "act", lambda *a: actions.append(int((chosen := act(*a))[0])) or chosen)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss.item()) or backward(loss))
-    folder = agent.train(make_args(agent, save_model=True, **flags))
-    monkeypatch.undo()
-    return folder, actions, losses
+class Run(NamedTuple):
+    """What a run did, and what it left."""
+
+    actions: list[int]
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+    scalars: dict[str, list[tuple[int, float]]]
+
+
+def known(agent, flags):
+    """Those that the agent has."""
+    return {name: value for name, value in flags.items() if hasattr(agent.Args, name)}
+
+
+def small(agent, **flags):
+    fewer = {"n_tau": 8, "n_target_tau": 8, "n_policy_tau": 8}  # faster
+    return make_args(agent, **(known(agent, fewer) | flags))
+
+
+def run(agent, **flags) -> Run:
+    actions = []
+    losses = []
+    real_act = agent.act
+    real_backward = torch.Tensor.backward
+
+    def act(*args):
+        chosen = real_act(*args)
+        actions.append(int(chosen[0]))
+        return chosen
+
+    def backward(loss):
+        losses.append(loss.item())
+        real_backward(loss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent, "act", act)
+        patch.setattr(torch.Tensor, "backward", backward)
+        folder = agent.train(small(agent, save_model=True, **flags))
+    return Run(actions, losses, weights(folder), scalars(folder))
+
+
+@functools.cache
+def usual_run(agent) -> Run:
+    """A run with which others are compared."""
+    return run(agent, total_timesteps=160)
 
 
 def updates_per_step(agent):
-    return 2 if agent.AGENT == "spr" else 1
+    return 2 if name_of(agent) == "spr" else 1
+
+
+def loss_name(agent):
+    """The agent's function from a batch to its losses."""
+    (name,) = [name for name in vars(agent) if name.endswith("_loss") and name != "prediction_loss"]
+    return name
 
 
 def equal(left, right):
-    return all(torch.equal(a, b) for a, b in zip(left.values(), right.values(), strict=True))
+    return all(torch.equal(one, other) for one, other in zip(left.values(), right.values(), strict=True))
 
 
-@pytest.mark.parametrize("prioritized", [False, True], ids=["uniform", "prioritized"])
-def test_the_same_seed_gives_the_same_run(agent, monkeypatch, tmp_path, prioritized):
-    flags = {"total_timesteps": 600, "prioritized": prioritized, "n_step": 3}
-    results = []
-    for seed in (1, 1, 2):
-        monkeypatch.chdir(tmp_path)
-        results.append(run(agent, monkeypatch, seed=seed, **flags))
-    monkeypatch.chdir(tmp_path)
-    (one, actions, losses), (again, actions_again, losses_again), (other, other_actions, other_losses) = results
-    assert len(actions) == 600 and len(losses) == 125 * updates_per_step(agent)  # every 4th of 600 - 100 steps
-    assert actions == actions_again and losses == losses_again
-    assert equal(weights(tmp_path / one), weights(tmp_path / again))
-    assert actions != other_actions and losses != other_losses
-    assert not equal(weights(tmp_path / one), weights(tmp_path / other))
+# ---- a run as a whole
+def test_the_same_seed_gives_the_same_run(agent):
+    one = usual_run(agent)
+    again = run(agent, total_timesteps=160)
+    other = run(agent, total_timesteps=160, seed=2)
+    assert len(one.actions) == 160
+    assert len(one.losses) == 15 * updates_per_step(agent)  # every 4th of 160 - 100 steps
+
+    assert one.actions == again.actions
+    assert one.losses == again.losses
+    assert equal(one.weights, again.weights)
+
+    assert one.actions != other.actions
+    assert one.losses != other.losses
+    assert not equal(one.weights, other.weights)
 
 
-def test_evaluation_does_not_disturb_training(agent, monkeypatch, tmp_path):
-    plain, *_ = run(agent, monkeypatch, total_timesteps=600)
-    monkeypatch.chdir(tmp_path)
-    evaluated, *_ = run(agent, monkeypatch, total_timesteps=600, eval_frequency=150, eval_episodes=2)
-    assert equal(weights(tmp_path / plain), weights(tmp_path / evaluated))
-    before, after = scalars(tmp_path / plain), scalars(tmp_path / evaluated)
-    assert before["charts/episodic_return"] == after["charts/episodic_return"]
-    assert [step for step, _ in after["eval/episodic_return"]] == [150, 300, 450, 600]
+def test_evaluation_does_not_disturb_training(agent):
+    plain = usual_run(agent)
+    evaluated = run(agent, total_timesteps=160, eval_frequency=40, eval_episodes=2)
+    assert [step for step, _ in evaluated.scalars["eval/episodic_return"]] == [40, 80, 120, 160]
+    assert plain.losses == evaluated.losses
+    assert equal(plain.weights, evaluated.weights)
+    for tag in ("charts/episodic_return", "charts/episodic_length"):
+        assert plain.scalars[tag] == evaluated.scalars[tag]
 
 
+def test_the_smallest_settings_that_are_accepted(agent):
+    """A ring of 14 rows, games of a single step, an update at each, of one transition."""
+    flags = {"total_timesteps": 50, "batch_size": 1, "train_frequency": 1, "target_network_frequency": 1}
+    flags.update(n_step=1, learning_starts=1, max_episode_steps=1, buffer_size=14)
+    flags.update(exploration_steps=0, checkpoint_frequency=0, diagnostics_frequency=0, seed=0)
+    own = {"n_quantiles": 1, "n_tau": 1, "n_target_tau": 1, "n_policy_tau": 1, "n_atoms": 2, "spr_steps": 1}
+    found = run(agent, **flags, **known(agent, own))
+    assert len(found.losses) == 49 * updates_per_step(agent)
+    assert np.isfinite(found.losses).all()
+    assert [step for step, _ in found.scalars["charts/episodic_return"]] == list(range(1, 51))
+
+
+def test_a_run_that_ends_before_its_first_update(agent):
+    found = run(agent, total_timesteps=1, diagnostics_frequency=1)
+    assert len(found.actions) == 1
+    assert found.losses == []
+
+
+# ---- updates
 def test_an_update_weighs_its_batch_and_sets_its_priorities(agent, monkeypatch):
-    """The loss is the mean of weight * loss, but in qrdqn and iqn of the loss alone (protocol: no importance
-    weights); each sampled row then has the square root of its own loss as priority."""
-    names = {"dqn": "td_loss", "qrdqn": "quantile_loss", "rainbow": "rainbow_loss", "iqn": "implicit_loss"}
-    name = (names | {"der": "c51_loss", "drq_eps": "huber_loss", "spr": "latent_loss"})[agent.AGENT]
-    function, backward, batches, losses, means, updates = getattr(agent, name), torch.Tensor.backward, [], [], [], []
+    """The loss is the mean of l p^-1/2 / max p^-1/2, or of l alone; then the priority p of a row is the root of its l.
 
-    def record(*args):
-        found = function(*args)
-        batches.append(next(arg for arg in args if isinstance(arg, agent.Batch)))
-        losses.append(found[0].detach().numpy().copy())
-        return found
+    In spr a prediction's loss is in l, five times, but not in p.
+    """
+    updates = []
+    real_loss = getattr(agent, loss_name(agent))
+    real_predict = getattr(agent, "prediction_loss", None)
+    real_sample = agent.FrameReplay.sample
+    real_backward = torch.Tensor.backward
 
-    update = agent.FrameReplay.update_priorities
+    def sample(replay, batch_size):
+        if updates and name_of(agent) in PRIORITIZED:
+            last = updates[-1]
+            roots = dict(zip(last.rows, np.sqrt(last.losses), strict=True))  # of a row that is in it twice, the last
+            assert replay.priorities.flat[list(roots)] == pytest.approx(list(roots.values()), rel=1e-5)
+        batch = real_sample(replay, batch_size)
+        update = SimpleNamespace(rows=batch.rows.tolist(), weights=np.ones(batch_size), predictions=0)
+        if name_of(agent) in WEIGHTED:
+            update.weights = replay.priorities.flat[batch.rows] ** -0.5
+        updates.append(update)
+        return batch
 
-    def check(self, rows, values):
-        update(self, rows, values)
-        expected = dict(zip(batches[-1].rows.tolist(), np.sqrt(losses[-1] + 1e-10), strict=True))
-        updates.append(all(self.priorities.flat[row] == pytest.approx(value) for row, value in expected.items()))
+    def loss(*args):
+        losses, q_values = real_loss(*args)
+        updates[-1].losses = losses.detach().numpy().copy()
+        return losses, q_values
 
-    monkeypatch.setattr(agent, name, record)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: means.append(loss.item()) or backward(loss))
-    monkeypatch.setattr(agent.FrameReplay, "update_priorities", check)
-    auxiliary = []
-    if agent.AGENT == "spr":  # its other loss is weighed too, and has no part in the priorities
-        predict = agent.prediction_loss
-        monkeypatch.setattr(
-            agent, "prediction_loss", lambda *a: auxiliary.append((x := predict(*a)).detach().numpy()) or x
-        )
-    agent.train(make_args(agent, total_timesteps=400, prioritized=True))
-    assert len(means) == len(updates) == 75 * updates_per_step(agent) and all(updates)
-    weights_of = [batch.weights.numpy() if agent.AGENT not in ("qrdqn", "iqn") else 1.0 for batch in batches]
-    if agent.AGENT == "spr":
-        assert all((x > 0).any() for x in auxiliary)
-        losses = [loss + 5 * x for loss, x in zip(losses, auxiliary, strict=True)]
-    assert means == pytest.approx([np.mean(w * loss) for w, loss in zip(weights_of, losses, strict=True)], rel=1e-4)
-    assert min(batch.weights.min().item() for batch in batches) < 0.9  # the weights did differ
+    def predict(*args):
+        losses = real_predict(*args)
+        updates[-1].predictions = losses.detach().numpy().copy()
+        return losses
+
+    def backward(mean):
+        updates[-1].mean = mean.item()
+        real_backward(mean)
+
+    monkeypatch.setattr(agent, loss_name(agent), loss)
+    monkeypatch.setattr(agent.FrameReplay, "sample", sample)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    if name_of(agent) == "spr":
+        monkeypatch.setattr(agent, "prediction_loss", predict)
+    agent.train(small(agent, total_timesteps=220))
+
+    assert len(updates) == 30 * updates_per_step(agent)
+    for update in updates:
+        totals = update.losses + 5 * update.predictions
+        assert update.mean == pytest.approx(np.mean(update.weights / update.weights.max() * totals), rel=1e-4)
+    smallest = min((update.weights / update.weights.max()).min() for update in updates)
+    assert (smallest < 0.9) == (name_of(agent) in WEIGHTED)
+    if name_of(agent) == "spr":
+        assert all(update.predictions.max() > 0 for update in updates)
 
 
-def test_batch_size_one_and_updates_at_every_step(agent, monkeypatch):
-    _, _, losses = run(agent, monkeypatch, batch_size=1, train_frequency=1)
-    assert len(losses) == 200 * updates_per_step(agent) and np.isfinite(losses).all()
-
-
-def test_the_loss_falls_on_a_fixed_batch(agent):
+def test_the_loss_falls_on_a_fixed_batch(agent, monkeypatch):
     """Learning does what it is for: on one batch, a hundred updates take the loss to a tenth."""
-    args = make_args(agent)
-    envs = agent.make_env(args)
-    space, actions = envs.single_observation_space, int(envs.single_action_space.n)
-    replay = agent.FrameReplay(space, actions, args, torch.device("cpu"), np.random.default_rng(0))
-    obs, rng = agent.reset(envs, 1, 0, 0), np.random.default_rng(0)
-    for game in range(1, 30):
-        done = False
-        while not done:
-            chosen = rng.integers(actions, size=1)
-            next_obs, rewards, terminations, truncations, _ = envs.step(chosen)
-            replay.add(obs, next_obs, chosen, rewards + 1, terminations, truncations)
-            obs, done = next_obs, terminations[0] or truncations[0]
-        obs = agent.reset(envs, 1, 0, game)
-    network = make_network(agent, space.shape, actions)
-    batch, frozen, targets = replay.sample(8), copy.deepcopy(network), None
-    if agent.AGENT == "rainbow":
-        targets = agent.rainbow_target(frozen, frozen, batch, False)
-    elif agent.AGENT in ("der", "spr"):
-        targets = agent.c51_target(frozen, frozen, batch)
+    batches = []
+    real_sample = agent.FrameReplay.sample
 
-    def losses():
-        if agent.AGENT == "dqn":
-            return agent.td_loss(network, batch, agent.td_target(frozen, batch))
-        if agent.AGENT == "qrdqn":
-            return agent.quantile_loss(network, batch, agent.quantile_target(frozen, batch))
-        if agent.AGENT == "rainbow":
-            return agent.rainbow_loss(network, batch, targets)
-        if agent.AGENT == "der":
-            return agent.c51_loss(network, batch, targets)
-        if agent.AGENT == "drq_eps":
-            return agent.huber_loss(network, batch, agent.double_target(frozen, frozen, batch))
-        if agent.AGENT == "spr":
-            return agent.latent_loss(network, network.encode(batch.obs), batch, targets)
-        tau = torch.from_numpy(rng.random((8, 160), np.float32)).split([64, 64, 32], dim=1)
-        return agent.implicit_loss(
-            network, batch, agent.implicit_target(network, frozen, batch, *tau[1:], False), tau[0]
-        )
+    def sample(replay, batch_size):
+        batch = real_sample(replay, batch_size)
+        pays = 0.8 * batch.actions - 0.8  # on C51's atoms: no cross-entropy is below the entropy of its target
+        batches.append(batch._replace(rewards=pays, discounts=torch.zeros(batch_size)))
+        return batches[0]
 
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    values = []
-    for _ in range(100):
-        optimizer.zero_grad()
-        value = losses()[0].mean()
-        value.backward()
-        optimizer.step()
-        values.append(value.item())
-    if targets is not None:  # cross-entropy ends at the entropy of the targets
-        floor = -(targets * targets.clamp(min=1e-30).log()).sum(dim=1).mean().item()
-        values = [value - floor for value in values]
-    assert values[-1] < 0.1 * values[0]
+    monkeypatch.setattr(agent.FrameReplay, "sample", sample)
+    own = {"noisy_sigma": 0.0, "image_pad": 0, "intensity": 0.0, "spr_weight": 0.0, "updates_per_step": 1}
+    flags = {"total_timesteps": 200, "train_frequency": 1, "learning_rate": 1e-3}
+    losses = run(agent, **flags, **known(agent, own)).losses
+    assert len(losses) == 100
+    assert losses[-1] < 0.1 * losses[0]
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_before_its_diagnosis(agent, monkeypatch, capsys):
+    """A report that falls due at the same step must not meet broken weights first."""
+    real_loss = getattr(agent, loss_name(agent))
+
+    def loss(*args):
+        losses, q_values = real_loss(*args)
+        return losses * torch.nan, q_values
+
+    monkeypatch.setattr(agent, loss_name(agent), loss)
+    with pytest.raises(SystemExit) as exit_:
+        agent.train(small(agent, diagnostics_frequency=104))
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith("error: the loss is not finite at step 104; runs/")
+    assert not list(Path("runs").glob("*/finished"))
+
+
+# ---- the loop
 class Scripted(gym.Env):
-    """Frames count the game and the step; games of 5, 9, ... steps end by termination, every third by truncation."""
+    """Frames tell the game and the step; games of 5, 9, ... steps end by termination, every third by truncation."""
 
-    observation_space = gym.spaces.Box(0, 1, (4, 10, 10), bool)
+    observation_space = gym.spaces.Box(0, 1, (10, 10, 4), bool)
     action_space = gym.spaces.Discrete(3)
-    game = type("Game", (), {"last_action": 0})()
+    game = SimpleNamespace(last_action=0)
     episode = -1
 
     def frame(self):
-        frame = np.zeros((4, 10, 10), bool)
-        frame.ravel()[:20] = [(self.episode + 1) >> i & 1 for i in range(10)] + [
-            (self.t + 1) >> i & 1 for i in range(10)
-        ]
+        frame = np.zeros((10, 10, 4), bool)
+        frame.flat[[self.episode, 200 + self.t]] = True
         return frame
 
     def reset(self, seed=None, options=None):
-        self.episode, self.t = self.episode + 1, 0
+        self.episode += 1
+        self.t = 0
         return self.frame(), {}
 
     def step(self, action):
         self.t += 1
         done = self.t == 5 + 4 * (self.episode % 4)
-        return self.frame(), float(self.t), done and self.episode % 3 > 0, done and self.episode % 3 == 0, {}
+        truncated = self.episode % 3 == 0
+        return self.frame(), float(self.t), done and not truncated, done and truncated, {}
 
 
 def test_the_loop_stores_every_step_once_and_no_autoreset_step(agent, monkeypatch):
     """gymnasium's vector environments would spend a step on the reset; it must never enter the replay."""
-    monkeypatch.setattr(agent, "make_env", lambda args: gym.vector.SyncVectorEnv([Scripted]))
-    assert hasattr(agent, "make_life_env") == (agent.AGENT in ("der", "drq_eps", "spr"))
     stored = []
-    add = agent.FrameReplay.add
+    actions = []
+    real_add = agent.FrameReplay.add
+    real_act = agent.act
 
-    def record(self, obs, next_obs, actions, rewards, terminations, truncations):
-        stored.append([obs[0].copy(), next_obs[0].copy(), rewards[0], bool(terminations[0]), bool(truncations[0])])
-        add(self, obs, next_obs, actions, rewards, terminations, truncations)
+    def add(replay, *step):
+        stored.append([copy.deepcopy(values[0]) for values in step])
+        real_add(replay, *step)
 
-    monkeypatch.setattr(agent.FrameReplay, "add", record)
-    folder = agent.train(make_args(agent, total_timesteps=200))
+    def act(*args):
+        actions.append(real_act(*args)[0])
+        return np.array(actions[-1:])
 
-    def number(obs, first):
-        return int(obs.ravel()[first : first + 10].astype(int) @ 2 ** np.arange(10)) - 1
+    monkeypatch.setattr(agent, "make_env", lambda args, **overrides: gym.vector.SyncVectorEnv([Scripted]))
+    monkeypatch.setattr(agent.FrameReplay, "add", add)
+    monkeypatch.setattr(agent, "act", act)
+    folder = agent.train(small(agent, total_timesteps=200))
 
+    game = 0
+    t = 0
+    lengths = []
     assert len(stored) == 200
-    episode, t, lengths = 0, 0, []
-    for obs, next_obs, reward, terminated, truncated in stored:
-        assert (number(obs, 0), number(obs, 10)) == (episode, t)
-        assert (number(next_obs, 0), number(next_obs, 10)) == (episode, t + 1)
+    for action, step in zip(actions, stored, strict=True):
+        obs, next_obs, stored_action, reward, terminated, truncated = step
+        assert np.flatnonzero(obs).tolist() == [game, 200 + t]
+        assert np.flatnonzero(next_obs).tolist() == [game, 200 + t + 1]
+        assert stored_action == action
         assert reward == 1  # clipped: the game pays 1, 2, 3, ...
         t += 1
-        done = t == 5 + 4 * (episode % 4)
-        assert (terminated, truncated) == (done and episode % 3 > 0, done and episode % 3 == 0)
+        done = t == 5 + 4 * (game % 4)
+        assert terminated == (done and game % 3 > 0)
+        assert truncated == (done and game % 3 == 0)
         if done:
             lengths.append(t)
-            episode, t = episode + 1, 0
+            game += 1
+            t = 0
+
     logged = scalars(folder)
     assert [value for _, value in logged["charts/episodic_length"]] == lengths
     assert [value for _, value in logged["charts/episodic_return"]] == [n * (n + 1) / 2 for n in lengths]  # unclipped
-    assert [step for step, _ in logged["charts/episodic_return"]] == list(np.cumsum(lengths))
+    assert [step for step, _ in logged["charts/episodic_return"]] == list(itertools.accumulate(lengths))
 
 
 def test_schedules(agent, monkeypatch):
-    """Epsilon, the first update, and the steps at which the target is copied."""
-    epsilons, copies, syncs = [], [], []
-    act, load_state_dict = agent.act, torch.nn.Module.load_state_dict
-    monkeypatch.setattr(agent, "act", lambda *a: epsilons.append(a[2]) or act(*a))
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "load_state_dict",
-        lambda self, state: syncs.append(len(epsilons)) or load_state_dict(self, state),
-    )
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: copies.append(len(epsilons)))
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
-    flags = {"total_timesteps": 400, "exploration_steps": 200, "start_e": 1.0, "end_e": 0.2}
-    agent.train(make_args(agent, diagnostics_frequency=0, **flags))
+    """Epsilon, the steps with updates, and the steps at which the target is copied."""
+    epsilons = []  # one a step
+    updates = []
+    copies = []
+    real_act = agent.act
+    real_load = torch.nn.Module.load_state_dict
+
+    def act(*args):
+        epsilons.append(args[2])
+        return real_act(*args)
+
+    def load(network, state):
+        copies.append(len(epsilons))
+        return real_load(network, state)
+
+    monkeypatch.setattr(agent, "act", act)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", load)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: updates.append(len(epsilons)))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: None)
+    flags = {"exploration_steps": 150, "start_e": 1.0, "end_e": 0.2, "diagnostics_frequency": 0}
+    agent.train(small(agent, total_timesteps=300, **flags))
     assert epsilons[:100] == [1.0] * 100
-    assert epsilons[199] == pytest.approx(1 - 0.8 * 100 / 200)
-    assert epsilons[299:] == pytest.approx([0.2] * 101)
-    assert copies == [step for step in range(104, 401, 4) for _ in range(updates_per_step(agent))]
-    assert syncs == [150, 200, 250, 300, 350, 400]
+    assert epsilons[100:250] == pytest.approx([1 - 0.8 * step / 150 for step in range(1, 151)])
+    assert epsilons[250:] == pytest.approx([0.2] * 50)
+    assert updates == [step for step in range(104, 301, 4) for _ in range(updates_per_step(agent))]
+    assert copies == [150, 200, 250, 300]
 
 
+# ---- the folder
 def test_the_run_folder(agent, monkeypatch):
-    flags = {"total_timesteps": 1_000, "eval_episodes": 2, "save_model": True, "capture_video": True}
-    folder = agent.train(make_args(agent, diagnostics_frequency=500, **flags))
+    """Its files and all that they tell; 2,000 steps, of which the second thousand is five times as fast."""
+    clock = [0.0]
+    steps = itertools.count(1)
+    real_act = agent.act
+
+    def act(*args):
+        clock[0] += 0.01 if next(steps) <= 1_000 else 0.002
+        return real_act(*args)
+
+    monkeypatch.setattr(agent, "act", act)
+    monkeypatch.setattr(agent, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    flags = {"total_timesteps": 2_000, "learning_starts": 1_980, "start_e": 0.8, "diagnostics_frequency": 2_000}
+    args = small(agent, **flags, eval_episodes=2, save_model=True)
+    folder = agent.train(args)
     assert folder.parent == Path("runs")
-    assert folder.name.startswith(f"MinAtar-Breakout-v1__{agent.AGENT}__1__")
+    assert re.fullmatch(rf"MinAtar-Breakout-v1__{name_of(agent)}__1__\d{{8}}-\d{{6}}-\d{{6}}", folder.name)
+    files = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.")}
+    assert files == {"args.json", "checkpoint.pt", "model.pt", "finished"}
+
     record = json.loads((folder / "args.json").read_text())
-    assert record["agent"] == agent.AGENT
-    assert record["args"] == vars(make_args(agent, diagnostics_frequency=500, **flags))
+    assert record.keys() == {"agent", "args", "packages", "device", "git_commit", "frames_per_step"}
+    assert record["agent"] == name_of(agent)
+    assert record["args"] == asdict(args)
     assert record["packages"]["torch"] == torch.__version__
-    assert record["frames_per_step"] == 1 and record["device"] == "cpu"
+    assert record["device"] == "cpu"
+    assert record["frames_per_step"] == 1
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert record["git_commit"] == (head or None)
+
+    model = torch.load(folder / "model.pt", weights_only=True)
+    assert model.keys() == {"args", "weights"}
+    assert model["args"] == asdict(args)
+    assert equal(model["weights"], torch.load(folder / "checkpoint.pt", weights_only=True)["q_network"])
+
+    logged = scalars(folder)
     tags = {"charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/SPS"}
     tags |= {"losses/td_loss", "losses/q_values", "eval/episodic_return"}
-    tags |= {"losses/spr_loss"} if agent.AGENT == "spr" else set()
-    assert {tag for tag in scalars(folder) if not tag.startswith("diagnostics/")} == tags
-    assert sum(tag.startswith("diagnostics/") for tag in scalars(folder)) == 5
+    if name_of(agent) == "spr":
+        tags.add("losses/spr_loss")
+    assert {tag for tag in logged if not tag.startswith("diagnostics/")} == tags
+    assert len(logged) == len(tags) + 5
+    assert logged["charts/SPS"] == [(1_000, pytest.approx(100)), (2_000, pytest.approx(500))]
+    assert [step for step, _ in logged["charts/epsilon"]] == [1_000, 2_000]
+    assert logged["charts/epsilon"][0][1] == pytest.approx(0.8)
     events = EventAccumulator(str(folder))
     events.Reload()
-    tensors = events.Tags()["tensors"]
-    assert {"hyperparameters/text_summary", "environment/text_summary"} <= set(tensors)
-    assert "_hparams_/session_start_info" in events.summary_metadata
-    video = (folder / "videos" / "step-1000.mp4").read_bytes()
-    assert video[4:8] == b"ftyp" and len(video) > 1_000
-    assert not list(folder.glob("*.tmp"))
+    assert "hyperparameters/text_summary" in events.Tags()["tensors"]
 
 
-def test_playing_a_checkpoint_repeats_the_evaluation(agent, capsys):
-    """Game, network and algorithm come from the checkpoint, so the final evaluation can be played again."""
-    folder = agent.train(make_args(agent, env_id="MinAtar/Asterix-v1", eval_episodes=3, save_model=True, n_step=2))
-    mean = scalars(folder)["eval/episodic_return"][-1][1]
-    capsys.readouterr()
-    checkpoint = str(folder / "model.pt")
-    agent.train(agent.Args(eval_only=True, checkpoint=checkpoint, eval_episodes=3, cuda=False))
-    out = capsys.readouterr().out
-    assert out.startswith(f"evaluation at step 300: mean return {mean:.2f} of [")
-    assert len(list(Path("runs").iterdir())) == 1  # playing leaves no run behind
+def test_weights_are_saved_before_an_evaluation_that_fails(dqn, monkeypatch):
+    """A run of days must not lose its weights to a game."""
+    real_act = dqn.act
+
+    def act(network, obs, epsilon, *others):
+        if epsilon == 0.005:
+            raise OSError("no such game")
+        return real_act(network, obs, epsilon, *others)
+
+    monkeypatch.setattr(dqn, "act", act)
+    with pytest.raises(OSError, match="no such game"):
+        dqn.train(small(dqn, save_model=True, eval_episodes=1, eval_frequency=50, eval_epsilon=0.005))
+    assert len(list(Path("runs").glob("*/model.pt"))) == 1
 
 
-def test_video_shows_the_evaluated_game_in_the_real_emulators_frames(dqn, monkeypatch):
-    """The filmed emulator, given the same seed and actions, stands where the evaluated one stood at every step."""
-    args = make_args(dqn, env_id="ALE/Pong-v5", capture_video=True, eval_episodes=1, max_episode_steps=40)
-    frames = []
-
-    class Writer:
-        def send(self, image):
-            if image is not None:
-                frames.append(image)
-
-        def close(self):
-            pass
-
-    import imageio_ffmpeg
-
-    monkeypatch.setattr(imageio_ffmpeg, "write_frames", lambda *a, **k: Writer())
-    rng = np.random.default_rng(0)
-    game = [rng.integers(6, size=1) for _ in range(40)]
-    dqn.film(Path("videos/x.mp4"), args, 3, game)
-    assert len(frames) == 40 and frames[0].shape == (420, 320, 3)
-    # the same game through the agent's own preprocessing: grey is a known mix of red, green and blue
-    import cv2
-
-    envs = dqn.make_env(args)
-    obs = dqn.reset(envs, args.seed, 3, 0)
-    for step in range(40):
-        grey = cv2.cvtColor(np.ascontiguousarray(frames[step][::2, ::2]), cv2.COLOR_RGB2GRAY)
-        grey = cv2.resize(grey, (84, 84), interpolation=cv2.INTER_AREA)
-        assert np.abs(grey.astype(int) - obs[0, 3].astype(int)).mean() < 1.5
-        obs = envs.step(game[step])[0]
-
-
+@pytest.mark.long
 @pytest.mark.parametrize("path", ONLINE, ids=lambda path: path.stem)
 def test_a_file_copied_alone_trains_on_pong(path, tmp_path):
     """The file imports nothing of this repository: in an empty folder it learns from real Pong."""
@@ -323,165 +401,114 @@ def test_a_file_copied_alone_trains_on_pong(path, tmp_path):
     command += ["--start-e", "1", "--end-e", "1", "--no-cuda"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    folder = lines[0].removeprefix("run folder: ").split(" (")[0]
-    assert lines[-1] == f"run folder: {folder}"
-    assert re.search(r"300/300 .*steps/s, return .*, epsilon 1.000", lines[-2])  # a plain line: output is no terminal
-    record = json.loads((tmp_path / folder / "args.json").read_text())
-    assert record["frames_per_step"] == 4 and record["git_commit"] is None
+    assert done.stderr == ""
+    first, *_, last = done.stdout.splitlines()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert first == f"run folder: runs/{folder.name} (cpu)"
+    assert re.fullmatch(r"100% 300/300 \[.* steps/s\]", last)  # no bar: the output is no terminal
+    record = json.loads((folder / "args.json").read_text())
+    assert record["frames_per_step"] == 4
+    assert record["git_commit"] is None
+    assert (folder / "finished").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("prioritized", [False, True], ids=["uniform", "prioritized"])
-def test_training_on_cuda(agent, prioritized):
-    folder = agent.train(make_args(agent, cuda=True, total_timesteps=2_000, prioritized=prioritized, eval_episodes=1))
+def test_training_on_cuda(agent):
+    folder = agent.train(small(agent, cuda=True, total_timesteps=2_000, eval_episodes=1))
     assert np.isfinite([value for _, value in scalars(folder)["losses/td_loss"]]).all()
     assert json.loads((folder / "args.json").read_text())["device"] != "cpu"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(agent, monkeypatch, capsys):
-    """A reward of 1e30 overflows the square or the sum: the run must say so, not go on with broken weights."""
-    monkeypatch.setattr(agent.np, "clip", lambda rewards, low, high: np.asarray(rewards) + np.inf)
-    with pytest.raises(SystemExit) as exit_:
-        agent.train(make_args(agent, total_timesteps=2_000))
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert "the loss is not finite at step 104, and the run in runs/" in error  # the first update's
+# ---- qrdqn's divisor and noise
+def sampled_batches(qrdqn, **flags):
+    """Train; return the weights, {step: batch as sampled}, and the parts that the loss was given with their targets."""
+    batches = {}
+    parts = []
+    epsilons = []  # one a step
+    real_act = qrdqn.act
+    real_sample = qrdqn.FrameReplay.sample
+    real_loss = qrdqn.quantile_loss
+
+    def act(*args):
+        epsilons.append(args[2])
+        return real_act(*args)
+
+    def sample(replay, batch_size):
+        batch = real_sample(replay, batch_size)
+        batches[len(epsilons)] = copy.deepcopy(batch)
+        return batch
+
+    def loss(network, part, targets):
+        parts.append((part, targets))
+        return real_loss(network, part, targets)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qrdqn, "act", act)
+        patch.setattr(qrdqn.FrameReplay, "sample", sample)
+        patch.setattr(qrdqn, "quantile_loss", loss)
+        folder = qrdqn.train(small(qrdqn, save_model=True, **flags))
+    return weights(folder), batches, parts
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_its_diagnosis(agent, monkeypatch, capsys):
-    """A report that falls due between two checks must not meet broken weights first."""
-    backward, count = torch.Tensor.backward, []
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss * (torch.nan if count else 1)))
-    step = torch.optim.Adam.step
-
-    def poison(self):
-        step(self)
-        count.append(1)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", poison)
-    with pytest.raises(SystemExit) as exit_:
-        agent.train(make_args(agent, total_timesteps=400, diagnostics_frequency=200))
-    assert exit_.value.code == 2
-    first = 108 if agent.AGENT == "spr" else 112  # the third update's, two a step or every four
-    assert f"the loss is not finite at step {first}" in capsys.readouterr().err
-
-
-def test_a_game_without_a_cap_starts(dqn):
-    """ALE counts frames in 32 bits: more agent steps than that must not overflow."""
-    envs = dqn.make_env(make_args(dqn, env_id="ALE/Pong-v5", max_episode_steps=2**31 - 1))
-    assert not dqn.reset(envs, 1, 0, 0)[0, :3].any()
-    assert not envs.step(np.array([0]))[3][0]
-
-
-def test_weights_are_kept_before_an_evaluation_that_fails(agent, monkeypatch):
-    """A run of days must not lose its weights to a failing evaluation or film."""
-
-    def fails(*args):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(agent, "evaluate", fails)
-    with pytest.raises(OSError, match="no space"):
-        agent.train(make_args(agent, save_model=True, eval_episodes=1))
-    assert len(list(Path("runs").glob("*/model.pt"))) == 1
-
-
-def rebuilt(qrdqn, batches, flags):
-    """The weights after plain updates on these (step, batch): one update per batch, no divisor, no noise."""
-    network = make_network(qrdqn, (4, 10, 10), 3, **flags)
+def test_divisor_1_and_noise_0_change_nothing(qrdqn):
+    """Bit for bit the weights of plain updates on the same batches, one for each."""
+    found, batches, _ = sampled_batches(qrdqn, batch_divisor=1, target_noise_std=0.0)
+    assert list(batches) == list(range(104, 301, 4))
+    network = make_network(qrdqn, (10, 10, 4), 3).to(memory_format=torch.channels_last)
     target = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-5, eps=3.125e-4, fused=True)
-    for step in range(1, 601):
+    for step in range(101, 301):
         if step in batches:
             losses, _ = qrdqn.quantile_loss(network, batches[step], qrdqn.quantile_target(target, batches[step]))
             optimizer.zero_grad()
             losses.mean().backward()
             optimizer.step()
-        if step > 100 and step % 50 == 0:
+        if step % 50 == 0:
             target.load_state_dict(network.state_dict())
-    return network.state_dict()
+    assert equal(found, network.state_dict())
 
 
-def sampled_batches(qrdqn, monkeypatch, **flags):
-    """Train 600 steps; return the folder, {step: batch as sampled} and the batches that the loss was given."""
-    steps, batches, used = [], {}, []
-    act, sample, loss = qrdqn.act, qrdqn.FrameReplay.sample, qrdqn.quantile_loss
-
-    def record(self, batch_size):
-        batch = sample(self, batch_size)
-        batches[len(steps)] = type(batch)(*[copy.deepcopy(field) for field in batch])
-        return batch
-
-    monkeypatch.setattr(qrdqn, "act", lambda *a: steps.append(1) or act(*a))
-    monkeypatch.setattr(qrdqn.FrameReplay, "sample", record)
-    monkeypatch.setattr(qrdqn, "quantile_loss", lambda *a: used.append(a[1:]) or loss(*a))
-    folder = qrdqn.train(make_args(qrdqn, total_timesteps=600, save_model=True, **flags))
-    monkeypatch.undo()
-    return folder, batches, used
-
-
-def test_divisor_1_and_noise_0_change_nothing(qrdqn, monkeypatch, tmp_path):
-    """Bit for bit the weights of a plain loop over the same batches."""
-    folder, batches, _ = sampled_batches(qrdqn, monkeypatch, batch_divisor=1, target_noise_std=0.0)
-    assert equal(weights(tmp_path / folder), rebuilt(qrdqn, batches, {}))
-
-
-def test_batch_divisor_updates_on_disjoint_parts(qrdqn, monkeypatch):
-    _, batches, used = sampled_batches(qrdqn, monkeypatch, batch_divisor=4)
-    assert len(batches) == 125 and len(used) == 4 * 125
+def test_batch_divisor_updates_on_disjoint_parts(qrdqn):
+    _, batches, parts = sampled_batches(qrdqn, batch_divisor=4)
+    assert len(batches) == 50
+    assert len(parts) == 4 * 50
     for i, batch in enumerate(batches.values()):
-        parts = [part for part, _ in used[4 * i : 4 * i + 4]]
-        assert [len(part.rows) for part in parts] == [2] * 4
-        order = np.concatenate([np.flatnonzero(np.arange(8) % 4 == part) for part in range(4)])  # each row once
-        for name in ("rows", "obs", "actions", "rewards", "discounts"):
-            joined = np.concatenate([np.asarray(getattr(part, name)) for part in parts])
+        dealt = [part for part, _ in parts[4 * i : 4 * i + 4]]
+        assert [len(part.rows) for part in dealt] == [2] * 4
+        for name in batch._fields:
+            joined = np.concatenate([np.asarray(getattr(part, name)) for part in dealt])
+            order = [0, 4, 1, 5, 2, 6, 3, 7]  # each transition once
             np.testing.assert_array_equal(joined, np.asarray(getattr(batch, name))[order])
 
 
-def test_target_noise(qrdqn, monkeypatch):
+def test_target_noise(qrdqn):
     """One Gaussian draw for each transition, the same for all its quantiles; a new one at each update."""
-    _, batches, used = sampled_batches(qrdqn, monkeypatch, target_noise_std=50.0, batch_size=16)
-    noise = []
-    for batch, (part, targets) in zip(batches.values(), used, strict=True):
-        noise.append((part.rewards - batch.rewards).numpy())
-        assert (part.discounts == batch.discounts).all()
-        terminal = (batch.discounts == 0).numpy()
-        expected = np.tile(part.rewards.numpy()[terminal, None], 200)
-        np.testing.assert_allclose(targets.numpy()[terminal], expected, atol=1e-4)
-    noise = np.concatenate(noise)
-    assert len(noise) == 2_000 and len(set(noise.tolist())) > 1_990
-    assert abs(noise.mean()) < 5 * 50 / np.sqrt(2_000) and noise.std() == pytest.approx(50, rel=0.08)
+    _, batches, parts = sampled_batches(qrdqn, target_noise_std=50.0, batch_size=40)
+    draws = []
+    for batch, (part, targets) in zip(batches.values(), parts, strict=True):
+        draws += (part.rewards - batch.rewards).tolist()
+        ends = batch.discounts == 0
+        assert torch.equal(part.discounts, batch.discounts)
+        assert torch.equal(targets[ends], part.rewards[ends, None].expand(-1, 200))
+    assert len(draws) == 2_000
+    assert len(set(draws)) > 1_990
+    assert abs(np.mean(draws)) < 5 * 50 / np.sqrt(2_000)
+    assert np.std(draws) == pytest.approx(50, rel=0.08)
 
 
-@pytest.mark.parametrize("switches", range(16), ids=lambda n: f"{n:04b}")
-def test_every_rainbow_learns(rainbow, switches):
-    """All combinations of distributional, noisy, dueling and double train, with finite losses and diagnostics."""
-    names = ["distributional", "noisy", "dueling", "double"]
-    flags = {name: bool(switches >> i & 1) for i, name in enumerate(names)}
-    folder = rainbow.train(make_args(rainbow, diagnostics_frequency=100, eval_episodes=1, **flags))
-    found = scalars(folder)
-    assert all(np.isfinite([value for _, value in series]).all() for series in found.values())
+# ---- rainbow's switches
+SWITCHES = ["prioritized", "distributional", "noisy", "dueling", "double"]
 
 
-def test_noise_of_each_pass(rainbow, monkeypatch):
-    """Target and double-Q choice share a draw, the loss has its own, every action a fresh one; evaluation has none."""
-    seen = []
-    forward = rainbow.NoisyLinear.forward
-
-    def record(self, x):
-        seen.append((id(self), self.training, x.shape[0], tuple(self.noise[:4].tolist())))
-        return forward(self, x)
-
-    monkeypatch.setattr(rainbow.NoisyLinear, "forward", record)
-    flags = {"noisy": True, "double": True, "start_e": 0.0, "end_e": 0.0, "train_frequency": 1, "eval_episodes": 1}
-    rainbow.train(make_args(rainbow, total_timesteps=120, diagnostics_frequency=0, **flags))
-    acting = [noise for _, training, rows, noise in seen if training and rows == 1]
-    assert len(set(acting)) == len(acting) == 2 * 120  # two noisy layers, a draw for each action
-    learning = [(layer, noise) for layer, training, rows, noise in seen if training and rows == 8]
-    assert len(learning) == 20 * 3 * 2  # updates, passes, layers
-    for i in range(0, len(learning), 6):
-        target, choice, loss = learning[i : i + 2], learning[i + 2 : i + 4], learning[i + 4 : i + 6]
-        assert [noise for _, noise in target] == [noise for _, noise in choice]  # shared by two networks
-        assert {layer for layer, _ in choice} == {layer for layer, _ in loss} != {layer for layer, _ in target}
-        assert not {noise for _, noise in target} & {noise for _, noise in loss}
-    assert any(not training for _, training, _, _ in seen)  # evaluation
+@pytest.mark.parametrize("bits", [f"{number:05b}" for number in range(32)])
+def test_every_rainbow_learns(rainbow, bits):
+    flags = {name: bit == "1" for name, bit in zip(SWITCHES, bits, strict=True)}
+    found = run(rainbow, total_timesteps=140, diagnostics_frequency=140, eval_episodes=1, **flags)
+    assert len(found.losses) == 10
+    assert np.isfinite(found.losses).all()
+    assert len(found.scalars) == 8  # return and length, of training and evaluation, and the diagnostics
+    assert np.isfinite([value for series in found.scalars.values() for _, value in series]).all()
+    network = make_network(rainbow, (10, 10, 4), 3, **flags)
+    assert not any(torch.equal(begun, found.weights[name]) for name, begun in network.state_dict().items())
+    network.load_state_dict(found.weights)
+    assert network.q_values(torch.rand(5, 10, 10, 4) < 0.3).isfinite().all()

@@ -1,0 +1,108 @@
+"""The benchmarks measure what they say; their figures are for a quiet machine."""
+
+import importlib
+import json
+import re
+
+import pytest
+from conftest import ROOT, load, make_args
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A function that imports a benchmark by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_benchmark_explains_itself(name, script, capsys):
+    module = script(name)
+    with pytest.raises(SystemExit) as stop:
+        module.tyro.cli(module.Args, args=["--help"], description=module.__doc__)
+    assert stop.value.code == 0
+    assert "--" in capsys.readouterr().out
+    assert f"python benchmarks/{name}.py" in module.__doc__
+
+
+# ---- speed.py
+def test_the_clock_counts_learning_steps_alone(script, monkeypatch):
+    speed = script("speed")
+    now = [0.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    clock = speed.Clock(speed.Args(seconds=10, warm_up=5))
+
+    def tick(times: int, seconds_each: float):
+        for _ in range(times):
+            now[0] += seconds_each
+            clock.tick()
+
+    tick(1_000, 100.0)  # random steps, however slow
+    tick(12, 0.5)  # warming up
+    assert clock.measured_since == now[0]
+    tick(20, 0.5)
+    with pytest.raises(speed.Measured) as end:
+        tick(4, 0.5)
+    assert end.value.args == (2.0,)
+
+
+def test_a_learning_agent_is_measured(script, monkeypatch, tmp_path):
+    speed = script("speed")
+    monkeypatch.chdir(tmp_path)
+    args = speed.Args(seconds=0.05, warm_up=0.01, cuda=False)
+    assert speed.measure_agent(ROOT / "agents", "dqn", "MinAtar/Breakout-v1", 8, args) > 0
+
+
+@pytest.mark.long
+def test_the_table_has_a_row_for_each_rival(script, tmp_path, capsys):
+    speed = script("speed")
+    small = {"agents": ("dqn", "der"), "games": ("ALE/Pong-v5",), "batch_sizes": (8,), "rounds": 2}
+    quick = {"seconds": 0.2, "warm_up": 0.1, "threads": 1, "cuda": False}
+    speed.main(speed.Args(**small, **quick, before=ROOT, out=tmp_path / "speed.json"))
+    rows = re.findall(r"\| ALE/Pong-v5 \| (\w+) \| 8 \| [\d.]+ \| (\w+) ", capsys.readouterr().out)
+    assert rows == [("dqn", "before"), ("dqn", "sb3"), ("der", "before")]
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert record["machine"]["threads"] == 1
+    assert [len(speeds) for speeds in record["results"][0]["speeds"].values()] == [2, 2, 2]
+
+
+# ---- learning.py
+@pytest.mark.parametrize("benchmark", ["500k", "short", "100k"])
+def test_agents_know_the_flags_of_their_benchmark(benchmark, script):
+    learning = script("learning")
+    args = learning.Args(benchmark)
+    for agent in args.agents:
+        flags = learning.FLAGS[benchmark] | learning.OWN_FLAGS.get(agent, {})
+        module = load(ROOT / "agents" / f"{agent}.py")
+        module.Args(env_id=args.games[0], total_timesteps=args.total_timesteps, **flags)
+
+
+def test_the_short_settings_are_those_of_the_brief_run(script):
+    learning = script("learning")
+    flags = learning.FLAGS["short"] | learning.OWN_FLAGS["rainbow"]
+    assert flags == {
+        "learning_rate": 2.5e-4,
+        "adam_eps": 3.125e-4,
+        "buffer_size": 100_000,
+        "learning_starts": 1_000,
+        "target_network_frequency": 1_000,
+        "exploration_steps": 50_000,
+        "eval_episodes": 10,
+        "v_min": -100.0,
+        "v_max": 100.0,
+    }
+    assert learning.Args("short").total_timesteps == 100_000
+    assert learning.Args("short").batch_sizes == (8,)
+
+
+def test_a_finished_run_of_the_same_flags_is_found(script, dqn, tmp_path, monkeypatch):
+    learning = script("learning")
+    monkeypatch.chdir(tmp_path)
+    run = dqn.train(make_args(dqn, total_timesteps=8))
+    assert learning.find_run(tmp_path, "dqn", {"total_timesteps": 8, "seed": 1}) == tmp_path / run
+    assert learning.find_run(tmp_path, "dqn", {"total_timesteps": 8, "seed": 2}) is None
+    assert learning.find_run(tmp_path, "rainbow", {"total_timesteps": 8, "seed": 1}) is None
+    (run / "finished").unlink()
+    assert learning.find_run(tmp_path, "dqn", {"total_timesteps": 8, "seed": 1}) is None

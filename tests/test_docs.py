@@ -1,0 +1,43 @@
+"""The README and docs/ name only what is there."""
+
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+AGENTS_TEXT = "\n".join(path.read_text() for path in (ROOT / "agents").glob("*.py"))
+README = (ROOT / "README.md").read_text()
+LESSONS = re.findall(r"`diff agents/(\w+)\.py agents/(\w+)\.py` \| (\d+)", README)
+
+
+def test_the_readme_is_a_front_page():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_pictures_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_each_detail_names_a_test_that_exists_and_code_that_exists():
+    rows = (ROOT / "docs" / "details.md").read_text().splitlines()
+    details = [row.split(" | ") for row in rows if row.startswith("| **")]
+    assert len(details) > 10
+    for _, place, guards, _ in details:
+        names = re.findall(r"`(test_\w+)`", guards)
+        assert names
+        for name in names:
+            assert f"def {name}(" in TESTS, name
+        for name in re.findall(r"`([A-Za-z_]+)`", place):
+            assert re.search(rf"(def|class) {name}\b", AGENTS_TEXT), name
+
+
+@pytest.mark.parametrize(("one", "other", "lines"), LESSONS)
+def test_the_lessons_are_as_long_as_the_readme_says(one, other, lines):
+    command = ["diff", f"agents/{one}.py", f"agents/{other}.py"]
+    changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert abs(len(re.findall(r"^[<>]", changed, re.MULTILINE)) - int(lines)) < 8  # diff programs differ
