@@ -101,7 +101,7 @@ class Args:
     n_step: int = 1  # rewards in a return before it bootstraps
     cql_alpha: float | None = None  # weight of the CQL term, logsumexp Q - Q(a)
     dr3_coefficient: float | None = None  # weight of the DR3 term, |features . next features|
-    n_atoms: int = 51  # returns on which the distribution has its mass
+    n_atoms: int = 51  # returns that carry the distribution
     v_min: float = -10.0  # smallest of these returns
     v_max: float = 10.0  # largest of these returns
 
@@ -242,14 +242,10 @@ def train(args: Args) -> Path:
     checkpoint = folder / "checkpoint.pt"
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
     if checkpoint.exists():
-        state = load_checkpoint(checkpoint, args)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        set_random_states(rng, state["random"])
+        state = load_checkpoint(checkpoint, args, parts, rng)
         global_step = state["global_step"]
         drawn = state["drawn"]
         updates = state["updates"]
-        del state  # it keeps the file open
     saved_step = global_step
     writer = make_writer(folder, args, global_step)
 
@@ -292,10 +288,10 @@ def train(args: Args) -> Path:
         loss = (td_losses + args.cql_alpha * cql + args.dr3_coefficient * dr3).mean()
         optimizer.zero_grad()
         loss.backward()
+        gradient_norm = nn.utils.get_total_norm([p.grad for p in q_network.parameters()])
+        check_finite(loss + gradient_norm, global_step, checkpoint)
         optimizer.step()
-        check_finite(loss, global_step, checkpoint)
         if args.diagnostics_frequency:
-            gradient_norm = nn.utils.get_total_norm([p.grad for p in q_network.parameters()])
             updates.append([loss.item(), gradient_norm.item()])
         if global_step % args.target_network_frequency == 0:
             target_network.load_state_dict(q_network.state_dict())
@@ -323,7 +319,7 @@ def train(args: Args) -> Path:
             saved_step = global_step
 
     if STOPPED_BY and args.checkpoint_frequency and saved_step != global_step:
-        tqdm.write("stopping: writing a checkpoint")
+        print("stopping: writing a checkpoint", flush=True)
         save_checkpoint()
     bar.close()
     writer.close()
@@ -357,10 +353,7 @@ def check_flags(args: Args, **ranges: tuple[float, float]):
 
 # ---- environment
 def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
-    """Make a vector of one game: observations (1, 4, 84, 84) uint8 on ALE, (1, 10, 10, channels) bool on MinAtar.
-
-    Rewards are the game's own. A stack has zeros before the first frame.
-    """
+    """Make a vector of one game: raw rewards, observations (1, 4, 84, 84) uint8 or MinAtar's (1, 10, 10, channels)."""
     if not re.fullmatch(r"ALE/\w+-v5|MinAtar/\w+-v1", args.env_id):
         fail(f"--env-id is {args.env_id}: it must be ALE/<Game>-v5 or MinAtar/<Game>-v1.")
     try:
@@ -776,7 +769,9 @@ def make_run_folder(args: Args, device) -> Path:
     }
     folder = Path("runs") / f"{name}{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps(record, indent=2))
+    aside = folder / "args.tmp"
+    aside.write_text(json.dumps(record, indent=2))
+    aside.rename(folder / "args.json")
     return folder
 
 
@@ -844,22 +839,25 @@ def save(path: Path, state: dict):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
-        tqdm.write(f"warning: {path} is not written, and the one before stands: {error}")
+        tqdm.write(f"warning: {path} is not written, and the one before stands: {error.__context__ or error}")
 
 
-def load_checkpoint(path: Path, args: Args) -> dict:
-    """Read a checkpoint of the same flags; tensors stay on the disk until they are copied."""
+def load_checkpoint(path: Path, args: Args, parts: dict, rng) -> dict:
+    """Load parts and random states; return what else the checkpoint holds."""
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state["optimizer"] = copy.deepcopy(state["optimizer"])  # it would keep the tensors, and so the file
         others = differences(state["args"], args)
+        if others:
+            fail(f"{path.parent} was run with {' '.join(others)}: give the same flags.")
+        state["optimizer"] = copy.deepcopy(state["optimizer"])  # else it keeps the file
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+        set_random_states(rng, state.pop("random"))
+        return state
     except Exception as error:  # a dozen ways to be damaged or foreign
         fail(f"{path} cannot be read as a checkpoint: {error}")
-    if others:
-        fail(f"{path.parent} was run with {' '.join(others)}: give the same flags.")
-    return state
 
 
 STOPPED_BY: list[int] = []  # signals

@@ -170,15 +170,11 @@ def train(args: Args) -> Path:
     checkpoint = folder / "checkpoint.pt"
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "replay": replay}
     if checkpoint.exists():
-        state = load_checkpoint(checkpoint, args)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        set_random_states(rng, state["random"])
+        state = load_checkpoint(checkpoint, args, parts, rng)
         global_step = state["global_step"]
         episode = state["episode"]
         episode_actions = state["episode_actions"]
         updates = state["updates"]
-        del state  # it keeps the file open
         # the emulator is deterministic: the same actions lead to where the run stood
         obs = reset(envs, args.seed, TRAINING, episode)
         for action in episode_actions:
@@ -242,10 +238,10 @@ def train(args: Args) -> Path:
             loss = td_losses.mean()
             optimizer.zero_grad()
             loss.backward()
+            gradient_norm = nn.utils.get_total_norm([p.grad for p in q_network.parameters()])
+            check_finite(loss + gradient_norm, global_step, checkpoint)
             optimizer.step()
-            check_finite(loss, global_step, checkpoint)
             if args.diagnostics_frequency:
-                gradient_norm = nn.utils.get_total_norm([p.grad for p in q_network.parameters()])
                 updates.append([loss.item(), gradient_norm.item()])
             if global_step % 1_000 < args.train_frequency:
                 writer.add_scalar("losses/td_loss", loss, global_step)
@@ -273,7 +269,8 @@ def train(args: Args) -> Path:
             saved_step = global_step
 
     if STOPPED_BY and args.checkpoint_frequency and saved_step != global_step:
-        tqdm.write(f"stopping: writing a checkpoint of {replay.size() * replay.observations[0].nbytes / 1e6:,.1f} MB")
+        size = replay.size() * replay.observations[0].nbytes / 1e6
+        print(f"stopping: writing a checkpoint of {size:,.1f} MB", flush=True)
         save_checkpoint()
     bar.close()
     writer.close()
@@ -310,10 +307,7 @@ TRAINING = 0  # the stream of games to learn from; an evaluation's is its step
 
 
 def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
-    """Make a vector of one game: observations (1, 4, 84, 84) uint8 on ALE, (1, 10, 10, channels) bool on MinAtar.
-
-    Rewards are the game's own. A stack has zeros before the first frame.
-    """
+    """Make a vector of one game: raw rewards, observations (1, 4, 84, 84) uint8 or MinAtar's (1, 10, 10, channels)."""
     if not re.fullmatch(r"ALE/\w+-v5|MinAtar/\w+-v1", args.env_id):
         fail(f"--env-id is {args.env_id}: it must be ALE/<Game>-v5 or MinAtar/<Game>-v1.")
     try:
@@ -596,7 +590,9 @@ def make_run_folder(args: Args, device) -> Path:
     }
     folder = Path("runs") / f"{name}{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps(record, indent=2))
+    aside = folder / "args.tmp"
+    aside.write_text(json.dumps(record, indent=2))
+    aside.rename(folder / "args.json")
     return folder
 
 
@@ -664,22 +660,25 @@ def save(path: Path, state: dict):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
-        tqdm.write(f"warning: {path} is not written, and the one before stands: {error}")
+        tqdm.write(f"warning: {path} is not written, and the one before stands: {error.__context__ or error}")
 
 
-def load_checkpoint(path: Path, args: Args) -> dict:
-    """Read a checkpoint of the same flags; tensors stay on the disk until they are copied."""
+def load_checkpoint(path: Path, args: Args, parts: dict, rng) -> dict:
+    """Load parts and random states; return what else the checkpoint holds."""
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state["optimizer"] = copy.deepcopy(state["optimizer"])  # it would keep the tensors, and so the file
         others = differences(state["args"], args)
+        if others:
+            fail(f"{path.parent} was run with {' '.join(others)}: give the same flags.")
+        state["optimizer"] = copy.deepcopy(state["optimizer"])  # else it keeps the file
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+        set_random_states(rng, state.pop("random"))
+        return state
     except Exception as error:  # a dozen ways to be damaged or foreign
         fail(f"{path} cannot be read as a checkpoint: {error}")
-    if others:
-        fail(f"{path.parent} was run with {' '.join(others)}: give the same flags.")
-    return state
 
 
 STOPPED_BY: list[int] = []  # signals

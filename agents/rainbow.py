@@ -88,11 +88,11 @@ class Args:
     n_step: int = 3  # rewards in a return before it bootstraps
     prioritized: bool = True  # sample transitions in proportion to their priority
     distributional: bool = True  # learn the distribution of the return (C51) instead of its mean
-    n_atoms: int = 51  # returns on which the distribution has its mass
+    n_atoms: int = 51  # returns that carry the distribution
     v_min: float = -10.0  # smallest of these returns
     v_max: float = 10.0  # largest of these returns
     noisy: bool = False  # explore by noise on the weights of the dense layers, besides epsilon
-    noisy_sigma: float = 0.1  # initial size of the noise, times the root of a layer's inputs
+    noisy_sigma: float = 0.1  # initial noise, times the root of a layer's inputs
     dueling: bool = False  # split the head into a value and advantages
     double: bool = False  # pick the target's action with the online network
 
@@ -259,15 +259,11 @@ def train(args: Args) -> Path:
     checkpoint = folder / "checkpoint.pt"
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer, "replay": replay}
     if checkpoint.exists():
-        state = load_checkpoint(checkpoint, args)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        set_random_states(rng, state["random"])
+        state = load_checkpoint(checkpoint, args, parts, rng)
         global_step = state["global_step"]
         episode = state["episode"]
         episode_actions = state["episode_actions"]
         updates = state["updates"]
-        del state  # it keeps the file open
         # the emulator is deterministic: the same actions lead to where the run stood
         obs = reset(envs, args.seed, TRAINING, episode)
         for action in episode_actions:
@@ -335,12 +331,12 @@ def train(args: Args) -> Path:
                 loss = (importance_weights(replay, batch.rows) * rainbow_losses).mean()
             optimizer.zero_grad()
             loss.backward()
+            gradient_norm = nn.utils.get_total_norm([p.grad for p in q_network.parameters()])
+            check_finite(loss + gradient_norm, global_step, checkpoint)
             optimizer.step()
             if args.prioritized:
                 replay.update_priorities(batch.rows, rainbow_losses)
-            check_finite(loss, global_step, checkpoint)
             if args.diagnostics_frequency:
-                gradient_norm = nn.utils.get_total_norm([p.grad for p in q_network.parameters()])
                 updates.append([loss.item(), gradient_norm.item()])
             if global_step % 1_000 < args.train_frequency:
                 writer.add_scalar("losses/td_loss", loss, global_step)
@@ -368,7 +364,8 @@ def train(args: Args) -> Path:
             saved_step = global_step
 
     if STOPPED_BY and args.checkpoint_frequency and saved_step != global_step:
-        tqdm.write(f"stopping: writing a checkpoint of {replay.size() * replay.observations[0].nbytes / 1e6:,.1f} MB")
+        size = replay.size() * replay.observations[0].nbytes / 1e6
+        print(f"stopping: writing a checkpoint of {size:,.1f} MB", flush=True)
         save_checkpoint()
     bar.close()
     writer.close()
@@ -405,10 +402,7 @@ TRAINING = 0  # the stream of games to learn from; an evaluation's is its step
 
 
 def make_env(args: Args, **overrides) -> gym.vector.VectorEnv:
-    """Make a vector of one game: observations (1, 4, 84, 84) uint8 on ALE, (1, 10, 10, channels) bool on MinAtar.
-
-    Rewards are the game's own. A stack has zeros before the first frame.
-    """
+    """Make a vector of one game: raw rewards, observations (1, 4, 84, 84) uint8 or MinAtar's (1, 10, 10, channels)."""
     if not re.fullmatch(r"ALE/\w+-v5|MinAtar/\w+-v1", args.env_id):
         fail(f"--env-id is {args.env_id}: it must be ALE/<Game>-v5 or MinAtar/<Game>-v1.")
     try:
@@ -736,7 +730,9 @@ def make_run_folder(args: Args, device) -> Path:
     }
     folder = Path("runs") / f"{name}{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps(record, indent=2))
+    aside = folder / "args.tmp"
+    aside.write_text(json.dumps(record, indent=2))
+    aside.rename(folder / "args.json")
     return folder
 
 
@@ -804,22 +800,25 @@ def save(path: Path, state: dict):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
-        tqdm.write(f"warning: {path} is not written, and the one before stands: {error}")
+        tqdm.write(f"warning: {path} is not written, and the one before stands: {error.__context__ or error}")
 
 
-def load_checkpoint(path: Path, args: Args) -> dict:
-    """Read a checkpoint of the same flags; tensors stay on the disk until they are copied."""
+def load_checkpoint(path: Path, args: Args, parts: dict, rng) -> dict:
+    """Load parts and random states; return what else the checkpoint holds."""
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state["optimizer"] = copy.deepcopy(state["optimizer"])  # it would keep the tensors, and so the file
         others = differences(state["args"], args)
+        if others:
+            fail(f"{path.parent} was run with {' '.join(others)}: give the same flags.")
+        state["optimizer"] = copy.deepcopy(state["optimizer"])  # else it keeps the file
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+        set_random_states(rng, state.pop("random"))
+        return state
     except Exception as error:  # a dozen ways to be damaged or foreign
         fail(f"{path} cannot be read as a checkpoint: {error}")
-    if others:
-        fail(f"{path.parent} was run with {' '.join(others)}: give the same flags.")
-    return state
 
 
 STOPPED_BY: list[int] = []  # signals

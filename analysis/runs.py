@@ -108,6 +108,7 @@ def read_folder(path: Path, cache: Path | None) -> Folder:
         folder.cut_off = cut_off
     for tag, parts in collected.items():
         table = np.concatenate(parts)
+        table = table[np.diff(table[:, 0], append=np.inf) != 0]  # an evaluation made anew after a kill counts once
         folder.last_step = max(folder.last_step, int(table[:, 0].max(initial=0)))
         if tag.startswith(KEPT):
             folder.series[tag] = Series(table[:, 0].astype(np.int64), table[:, 1], table[:, 2])

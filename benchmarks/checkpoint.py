@@ -91,7 +91,8 @@ def make_state(dqn, flags, rows: int) -> dict:
     optimizer.step()
     parts = {"q_network": q_network, "target_network": copy.deepcopy(q_network), "optimizer": optimizer}
     state = {name: part.state_dict() for name, part in (parts | {"replay": replay}).items()}
-    return state | {"args": asdict(flags), "global_step": rows}
+    random = dqn.random_states(np.random.default_rng(0))
+    return state | {"args": asdict(flags), "global_step": rows, "random": random}
 
 
 def main(args: Args):
@@ -118,7 +119,7 @@ def main(args: Args):
         print(f"{speed:.1f} steps/s: {between / 3_600:.2f} h between checkpoints, which take {100 * share:.2f}% of it")
 
         start = time.monotonic()
-        loaded = dqn.load_checkpoint(path, flags)
+        loaded = dqn.load_checkpoint(path, flags, {}, np.random.default_rng(0))
         for array, tensor in state["replay"].items():
             if isinstance(tensor, torch.Tensor):
                 tensor.copy_(loaded["replay"][array])

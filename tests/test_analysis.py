@@ -107,6 +107,18 @@ def test_a_run_taken_up_again_supersedes_what_it_had_logged(tmp_path):
     assert found.values[-1] == 99.0
 
 
+def test_an_evaluation_made_anew_counts_once(tmp_path):
+    """A run that was killed in the course of its next steps had logged the evaluation of its checkpoint's step."""
+    folder = write_run(tmp_path / "runs" / "one")
+    for number, steps in enumerate([(100, 200), (200, 300)]):
+        writer = SummaryWriter(str(folder), purge_step=[1, 201][number], filename_suffix=str(number))
+        for step in steps:
+            writer.add_scalar("eval/episodic_return", float(step), step)
+        writer.close()
+    found = runs.read_folder(folder, None).series["eval/episodic_return"]
+    assert found.steps.tolist() == [100, 200, 300]
+
+
 def test_the_cache_notices_what_changed(tmp_path):
     folder, cache = write_run(tmp_path / "run"), tmp_path / "cache"
     first = runs.read_folder(folder, cache)

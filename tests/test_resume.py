@@ -542,6 +542,26 @@ def test_a_loss_that_is_not_finite(agent, monkeypatch, capsys):
     assert all(weights.isfinite().all() for weights in state["q_network"].values())
 
 
+def test_a_gradient_that_is_not_finite(dqn, monkeypatch, capsys):
+    """A finite loss may have one: no step is made with it, so that no checkpoint has weights that are none."""
+    real_loss = dqn.td_loss
+    numbers = itertools.count(1)
+
+    def spied(*args):
+        losses, q_values = real_loss(*args)
+        if next(numbers) == 20:
+            losses = losses + 0 * (q_values - q_values.detach()).sqrt()  # the root's slope at 0 is infinite
+        return losses, q_values
+
+    monkeypatch.setattr(dqn, "td_loss", spied)
+    with pytest.raises(SystemExit):
+        dqn.train(small(dqn, train_frequency=1, checkpoint_frequency=1))
+    assert "not finite at step" in capsys.readouterr().err
+    (folder,) = there_is("*")()
+    state = torch.load(folder / "checkpoint.pt")
+    assert all(weights.isfinite().all() for weights in state["q_network"].values())
+
+
 @pytest.mark.parametrize("path", ONLINE, ids=lambda path: path.stem)
 def test_exact_resume_takes_at_most_70_lines(path):
     functions = {"save", "load_checkpoint", "random_states", "set_random_states", "save_checkpoint"}
@@ -595,7 +615,7 @@ def test_flipped_bits(dqn, capsys):
     folder = stopped(dqn, small(dqn), stop_in_step, 220)
     path = folder / "checkpoint.pt"
     good = path.read_bytes()
-    original = flat(dqn.load_checkpoint(path, small(dqn)))
+    original = flat(dqn.load_checkpoint(path, small(dqn), {}, np.random.default_rng(0)))
     rng = random.Random(0)
     caught = 0
     for _ in range(50):
@@ -603,7 +623,7 @@ def test_flipped_bits(dqn, capsys):
         flipped[rng.randrange(len(good))] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
         try:
-            assert flat(dqn.load_checkpoint(path, small(dqn))) == original
+            assert flat(dqn.load_checkpoint(path, small(dqn), {}, np.random.default_rng(0))) == original
         except SystemExit:
             caught += 1
     assert caught > 40
@@ -643,3 +663,20 @@ def test_nothing_to_resume(dqn, capsys):
     assert "nowhere: it has no checkpoint.pt" in refused(dqn, capsys, resume="nowhere")
     folder = dqn.train(small(dqn, checkpoint_frequency=0, eval_episodes=0))
     assert f"{folder}: it has no checkpoint.pt" in refused(dqn, capsys, resume=str(folder))
+
+
+@pytest.mark.parametrize("part", ["q_network", "optimizer", "replay", "random"])
+def test_a_checkpoint_without_a_part(dqn, capsys, part):
+    folder = stopped(dqn, small(dqn), stop_in_step, 120)
+    state = torch.load(folder / "checkpoint.pt")
+    del state[part]
+    torch.save(state, folder / "checkpoint.pt")
+    assert "cannot be read as a checkpoint" in refused(dqn, capsys, resume=str(folder))
+
+
+def test_a_checkpoint_of_another_network(dqn, capsys):
+    folder = stopped(dqn, small(dqn), stop_in_step, 120)
+    state = torch.load(folder / "checkpoint.pt")
+    state["q_network"]["head.bias"] = torch.zeros(99)
+    torch.save(state, folder / "checkpoint.pt")
+    assert "cannot be read as a checkpoint" in refused(dqn, capsys, resume=str(folder))

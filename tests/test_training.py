@@ -316,6 +316,7 @@ def test_schedules(agent, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", load)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: updates.append(len(epsilons)))
     monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: None)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: torch.zeros(()))
     flags = {"exploration_steps": 150, "start_e": 1.0, "end_e": 0.2, "diagnostics_frequency": 0}
     agent.train(small(agent, total_timesteps=300, **flags))
     assert epsilons[:100] == [1.0] * 100
