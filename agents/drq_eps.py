@@ -305,7 +305,7 @@ def train(args: Args) -> Path:
 # ---- flags
 def fail(message: str):
     """Answer wrong input: a sentence on stderr, status 2."""
-    tqdm.write("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)
 
 
