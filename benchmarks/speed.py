@@ -1,7 +1,7 @@
 """Agent steps per second while learning: of every agent, beside Stable-Baselines3's and beside those of another commit.
 
     python benchmarks/speed.py
-    git worktree add /tmp/before HEAD~1 && python benchmarks/speed.py --before /tmp/before --no-sb3
+    git worktree add ../before HEAD~1 && python benchmarks/speed.py --before ../before --no-sb3
 
 Every measurement is a process of its own, and counts nothing but steps that act with the network and learn as often as
 the agent does by default: after 1,000 random steps and --warm-up seconds of learning, for --seconds. Those who are
