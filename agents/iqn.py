@@ -122,10 +122,11 @@ class ImplicitQuantileNetwork(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, obs: Tensor, tau: Tensor) -> Tensor:
-        psi = self.convolutions(obs).repeat_interleave(tau.shape[1], dim=0)  # (batch * N, size)
+        psi = self.convolutions(obs)[:, None]  # (batch, 1, size)
         frequencies = math.pi * torch.arange(1, 65, device=tau.device)
         phi = self.embedding(torch.cos(frequencies * tau.reshape(-1, 1)))  # equation 4
-        quantiles = self.head(self.dense(psi * phi))  # (batch * N, actions)
+        merged = psi * phi.unflatten(0, tau.shape)  # (batch, N, size)
+        quantiles = self.head(self.dense(merged.flatten(0, 1)))  # (batch * N, actions)
         return quantiles.unflatten(0, tau.shape).transpose(1, 2)
 
     def q_values(self, obs: Tensor) -> Tensor:

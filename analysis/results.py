@@ -72,20 +72,26 @@ def compute(study: Study, reference: str | None, resamples: int, rng: np.random.
     points = np.unique(np.linspace(0, len(study.frames) - 1, POINTS).round().astype(int))
     last = np.concatenate([np.concatenate(group.strata(study.scored)) for group in study.groups])
     thresholds = np.linspace(min(0.0, last.min()), np.quantile(last, 0.99), POINTS)
-    streams = iter(rng.spawn(4 * len(study.groups)))
-    aggregates, curves, hours, profiles, improvement, gains = {}, {}, {}, {}, {}, {}
-    for group in study.groups:
-        strata = group.strata(study.scored)
-        aggregates[group.label] = statistics.estimate(strata, next(streams), study.metrics, resamples)
-        whole = [group.normalised[game][:, points] for game in study.scored]
-        curves[group.label] = statistics.estimate(whole, next(streams), ["iqm"], few)["iqm"]
-        profiles[group.label] = statistics.performance_profile(strata, thresholds, next(streams), few)
+    groups, labels = study.groups, [group.label for group in study.groups]
+    strata = [group.strata(study.scored) for group in groups]
+    whole = [[group.normalised[game][:, points] for game in study.scored] for group in groups]
+    streams = rng.spawn(3 + len(groups))
+    found = statistics.estimate_each(strata, streams[0], study.metrics, resamples)
+    aggregates = dict(zip(labels, found, strict=True))
+    found = statistics.estimate_each(whole, streams[1], ["iqm"], few)
+    curves = {label: each["iqm"] for label, each in zip(labels, found, strict=True)}
+    others = [group for group in groups if group is not chosen]
+    theirs = chosen.strata(study.scored)
+    found = statistics.improvement_of_each(
+        [group.strata(study.scored) for group in others], theirs, streams[2], resamples
+    )
+    improvement = {group.label: each for group, each in zip(others, found, strict=True)}
+    gains = {group.label: per_game_gains(group, chosen, study.games) for group in others}
+    hours, profiles = {}, {}
+    for group, scores, stream in zip(groups, strata, streams[3:], strict=True):
+        profiles[group.label] = statistics.performance_profile(scores, thresholds, stream, few)
         if group.hours:
             hours[group.label] = np.concatenate([group.hours[game] for game in study.scored]).mean(axis=0)[points]
-        if group is not chosen:
-            theirs = chosen.strata(study.scored)
-            improvement[group.label] = statistics.probability_of_improvement(strata, theirs, next(streams), resamples)
-            gains[group.label] = per_game_gains(group, chosen, study.games)
     shown = (study.frames[points], curves, hours, thresholds, profiles, improvement, gains)
     return Results(study, chosen, resamples, aggregates, *shown)
 

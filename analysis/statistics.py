@@ -187,17 +187,36 @@ def estimate(
 
     Raises ValueError if there is no game, a game without runs, or a score that is not a finite number.
     """
-    strata = _checked(strata)
-    sizes = tuple(len(scores) for scores in strata)
-    functions = [METRICS[name].prepare(strata) for name in metrics]
+    return estimate_each([strata], rng, metrics, resamples, confidence)[0]
 
-    def work(size: int, rng: np.random.Generator) -> np.ndarray:
-        counts = _draw_counts(sizes, size, rng)
-        return np.stack([function(counts) for function in functions], axis=1)
 
-    draws = _in_chunks(resamples, rng, work)  # (resamples, metrics, points)
-    points = [METRICS[name].point(strata) for name in metrics]
-    return {name: _interval(points[i], draws[:, i], confidence) for i, name in enumerate(metrics)}
+def estimate_each(
+    groups: Sequence[Strata], rng: np.random.Generator, metrics=tuple(METRICS), resamples=50_000, confidence=0.95
+) -> list[dict[str, Interval]]:
+    """Do the same for several settings; those with as many runs in each game share the draws, which take longest."""
+    groups = [_checked(strata) for strata in groups]
+    found = [{} for _ in groups]
+    for sizes, alike in _by_sizes(groups).items():
+        asked = [(number, name) for number in alike for name in metrics]
+        functions = [METRICS[name].prepare(groups[number]) for number, name in asked]
+
+        def work(size: int, rng: np.random.Generator, sizes=sizes, functions=functions) -> np.ndarray:
+            counts = _draw_counts(sizes, size, rng)
+            return np.stack([function(counts) for function in functions], axis=1)
+
+        draws = _in_chunks(resamples, rng, work)  # (resamples, settings and metrics, points)
+        for place, (number, name) in enumerate(asked):
+            point = METRICS[name].point(groups[number])
+            found[number][name] = _interval(point, draws[:, place], confidence)
+    return found
+
+
+def _by_sizes(groups: Sequence[Strata]) -> dict[tuple[int, ...], list[int]]:
+    """{number of runs in each game: places of the settings that have so many}."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for number, strata in enumerate(groups):
+        found.setdefault(tuple(len(scores) for scores in strata), []).append(number)
+    return found
 
 
 def performance_profile(
@@ -212,19 +231,33 @@ def probability_of_improvement(
     ours: Strata, theirs: Strata, rng: np.random.Generator, resamples=2_000, confidence=0.95
 ) -> Interval:
     """Return the mean over games of P(X > Y) + P(X = Y) / 2, X a run of `ours`, Y one of `theirs` on the same game."""
-    ours, theirs = _checked(ours), _checked(theirs)
-    wins = [(x[:, None] > y) + 0.5 * (x[:, None] == y) for x, y in zip(ours, theirs, strict=True)]
-    evaluate = _prepare_wins(ours, theirs)
-    mine, others = [len(x) for x in ours], [len(y) for y in theirs]
-    runs = sum(mine)
-    sizes = _in_turn(mine, others)  # as they are drawn
-    starts = _in_turn(_starts(mine), runs + _starts(others))  # as they are counted: ours, then theirs
+    return improvement_of_each([ours], theirs, rng, resamples, confidence)[0]
 
-    def work(size: int, rng: np.random.Generator) -> np.ndarray:
-        counts = _draw_counts(sizes, size, rng, starts)
-        return evaluate(counts[:, :runs], counts[:, runs:])
 
-    return _interval(np.mean([win.mean() for win in wins]), _in_chunks(resamples, rng, work), confidence)
+def improvement_of_each(
+    groups: Sequence[Strata], theirs: Strata, rng: np.random.Generator, resamples=2_000, confidence=0.95
+) -> list[Interval]:
+    """Do the same for several settings; those with as many runs in each game share the draws."""
+    groups, theirs = [_checked(strata) for strata in groups], _checked(theirs)
+    others = [len(y) for y in theirs]
+    found = [None] * len(groups)
+    for mine, alike in _by_sizes(groups).items():
+        functions = [_prepare_wins(groups[number], theirs) for number in alike]
+        runs = sum(mine)
+        sizes = _in_turn(mine, others)  # as they are drawn
+        starts = _in_turn(_starts(mine), runs + _starts(others))  # as they are counted: ours, then theirs
+
+        def work(size: int, rng: np.random.Generator, sizes=sizes, starts=starts, functions=functions, runs=runs):
+            counts = _draw_counts(sizes, size, rng, starts)
+            return np.stack([function(counts[:, :runs], counts[:, runs:]) for function in functions], axis=1)
+
+        draws = _in_chunks(resamples, rng, work)  # (resamples, settings)
+        for place, number in enumerate(alike):
+            pairs = zip(groups[number], theirs, strict=True)
+            wins = [(x[:, None] > y) + 0.5 * (x[:, None] == y) for x, y in pairs]
+            point = np.mean([win.mean() for win in wins])
+            found[number] = _interval(point, draws[:, place], confidence)
+    return found
 
 
 def _in_turn(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:

@@ -3,11 +3,12 @@
     python benchmarks/speed.py
     git worktree add ../before HEAD~1 && python benchmarks/speed.py --before ../before --no-sb3
 
-Every measurement is a process of its own, and counts nothing but steps that act with the network and learn as often as
-the agent does by default: after 1,000 random steps and --warm-up seconds of learning, for --seconds. Those who are
-compared take turns, round after round; the table has medians, their ratio, and the ratio of each round. The libraries'
-DQN and QR-DQN play Pong, by the network they have (--network nature). cql_offline plays no steps: benchmarks/dataset.py
-times its updates. Nothing else should run on the machine.
+Counted is nothing but steps that act with the network and learn as often as the agent does by default: after 1,000
+random steps and --warm-up seconds of learning. Those who are compared live side by side, a process each, and take
+turns of --seconds while the others wait, so that a slow minute of the machine slows them all. The table has the medians
+of the turns, and the median and the quartiles of the ratio within a round. The libraries' DQN and QR-DQN play Pong, by
+the network they have (--network nature). cql_offline plays no steps: benchmarks/dataset.py times its updates. Nothing
+else should run on the machine.
 """
 
 import contextlib
@@ -22,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Literal
 
 import tyro
@@ -33,6 +36,7 @@ import tyro
 AGENTS = Path(__file__).resolve().parent.parent / "agents"
 RANDOM_STEPS = 1_000
 PERIOD = 4  # steps in which every agent makes the same number of updates
+SPAWN = multiprocessing.get_context("spawn")
 SB3 = {"dqn": ("stable_baselines3", "DQN"), "qrdqn": ("sb3_contrib", "QRDQN")}
 
 
@@ -42,8 +46,8 @@ class Args:
     games: tuple[str, ...] = ("ALE/Pong-v5", "MinAtar/Breakout-v1")  # games to play
     batch_sizes: tuple[int, ...] = (8, 32)  # transitions in an update
     network: Literal["dopamine", "nature"] = "nature"  # convolutions (ALE)
-    rounds: int = 3  # measurements of each
-    seconds: float = 20.0  # that are measured
+    rounds: int = 10  # turns of each
+    seconds: float = 2.0  # of a turn
     warm_up: float = 5.0  # seconds of learning before
     threads: int = 0  # of torch, in each process (0: torch's own choice)
     cuda: bool = True  # use a GPU where there is one
@@ -53,41 +57,43 @@ class Args:
 
 
 # ---- a measurement
-class Measured(Exception):
-    """Ends a run, and carries its steps per second."""
+class Enough(Exception):
+    """Ends a run."""
 
 
 class Clock:
-    """Counts steps, from the moment when learning is warm."""
+    """Measures steps per second in turns. The other end of the channel sends how many seconds each is to take, or 0."""
 
-    def __init__(self, args: Args):
-        self.args = args
+    def __init__(self, channel: Connection):
+        self.channel = channel
         self.steps = 0
-        self.learning_since = None  # seconds
-        self.measured_since = None
-        self.first_step = 0  # of those that are measured
+        self.began = None  # seconds; the turn that is going on
+        self.first_step = 0
+        self.length = 0.0
 
     def tick(self):
-        """Count a step; end the run when there are enough."""
+        """Count a step; at the end of a turn report it, and wait for the next."""
         self.steps += 1
         if self.steps < RANDOM_STEPS or self.steps % PERIOD:
             return
-        now = time.perf_counter()
-        if self.learning_since is None:
-            self.learning_since = now
-        elif self.measured_since is None and now - self.learning_since > self.args.warm_up:
-            self.measured_since = now
-            self.first_step = self.steps
-        elif self.measured_since is not None and now - self.measured_since > self.args.seconds:
-            raise Measured((self.steps - self.first_step) / (now - self.measured_since))
+        if self.began is not None:
+            passed = time.perf_counter() - self.began
+            if passed < self.length:
+                return
+            self.channel.send((self.steps - self.first_step) / passed)
+        self.length = self.channel.recv()
+        if self.length == 0:
+            raise Enough
+        self.first_step = self.steps
+        self.began = time.perf_counter()
 
 
-def measure_agent(folder: Path, agent: str, game: str, batch_size: int, args: Args) -> float:
-    """Steps per second of <folder>/<agent>.py: every version of it stores a step by FrameReplay.add."""
+def run_agent(channel: Connection, folder: Path, agent: str, game: str, batch_size: int, args: Args):
+    """Let <folder>/<agent>.py learn: every version of it stores a step by FrameReplay.add."""
     spec = importlib.util.spec_from_file_location(agent, folder / f"{agent}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    clock = Clock(args)
+    clock = Clock(channel)
     add = module.FrameReplay.add
 
     def counted_add(*arguments):
@@ -107,14 +113,12 @@ def measure_agent(folder: Path, agent: str, game: str, batch_size: int, args: Ar
         "checkpoint_frequency": 0,
         "eval_episodes": 0,
     }
-    try:
+    with contextlib.suppress(Enough):
         module.train(module.Args(**flags))
-    except Measured as speed:
-        return speed.args[0]
 
 
-def measure_sb3(agent: str, game: str, batch_size: int, args: Args) -> float:
-    """Steps per second of the library's agent, with the same settings."""
+def run_sb3(channel: Connection, agent: str, game: str, batch_size: int, args: Args):
+    """Let the library's agent learn, with the same settings."""
     import ale_py
     import gymnasium
     from stable_baselines3.common.env_util import make_atari_env
@@ -139,16 +143,14 @@ def measure_sb3(agent: str, game: str, batch_size: int, args: Args) -> float:
         device="auto" if args.cuda else "cpu",
         policy_kwargs={"n_quantiles": 200} if agent == "qrdqn" else {},
     )
-    clock = Clock(args)
+    clock = Clock(channel)
 
     def count(_locals, _globals):
         clock.tick()
         return True
 
-    try:
+    with contextlib.suppress(Enough):
         model.learn(1_000_000_000, count)
-    except Measured as speed:
-        return speed.args[0]
 
 
 def describe_machine(args: Args) -> dict:
@@ -168,8 +170,8 @@ def describe_machine(args: Args) -> dict:
 
 
 # ---- a process for each
-def quietly(function, *arguments):
-    """Call it in an empty folder, without its output."""
+def quietly(channel: Connection, function, *arguments):
+    """Call it in an empty folder, without its output; what goes wrong is sent to the other end."""
     output = io.StringIO()
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,  # the log may still be written to
@@ -178,25 +180,57 @@ def quietly(function, *arguments):
         contextlib.redirect_stderr(output),
     ):
         try:
-            return function(*arguments)
-        except SystemExit as error:
-            raise RuntimeError(output.getvalue()) from error
+            function(channel, *arguments)
+        except BaseException:
+            channel.send(output.getvalue() + traceback.format_exc())
 
 
-def in_a_process(function, *arguments):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(quietly, function, *arguments).result()
+class Contender:
+    """A process that learns when it is told to."""
+
+    def __init__(self, function, *arguments):
+        here, there = SPAWN.Pipe()
+        self.channel = here
+        self.process = SPAWN.Process(target=quietly, args=(there, function, *arguments), daemon=True)
+        self.process.start()
+
+    def turn(self, seconds: float) -> float:
+        """Let it learn for so many seconds; return its steps per second. Raises RuntimeError with what went wrong."""
+        self.channel.send(seconds)
+        answer = self.channel.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+    def end(self):
+        self.channel.send(0)
+        self.process.join()
+
+
+def measure(who: dict[str, tuple], args: Args) -> dict[str, list[float]]:
+    """Let them learn by turns: {name: steps per second in each round}."""
+    contenders = {name: Contender(*what) for name, what in who.items()}
+    for contender in contenders.values():
+        contender.turn(args.warm_up)
+    speeds = {name: [] for name in who}
+    for number in range(args.rounds):
+        order = list(contenders) if number % 2 == 0 else list(contenders)[::-1]
+        for name in order:
+            speeds[name].append(contenders[name].turn(args.seconds))
+    for contender in contenders.values():
+        contender.end()
+    return speeds
 
 
 # ---- the table
 def contenders(agent: str, game: str, batch_size: int, args: Args) -> dict[str, tuple]:
     """Who is measured in this setting: {name: (function, arguments)}."""
     setting = (agent, game, batch_size, args)
-    found = {"ours": (measure_agent, AGENTS, *setting)}
+    found = {"ours": (run_agent, AGENTS, *setting)}
     if args.before and (args.before / "agents" / f"{agent}.py").exists():
-        found["before"] = (measure_agent, args.before.resolve() / "agents", *setting)
+        found["before"] = (run_agent, args.before.resolve() / "agents", *setting)
     if args.sb3 and agent in SB3 and game.startswith("ALE/") and args.network == "nature":
-        found["sb3"] = (measure_sb3, *setting)
+        found["sb3"] = (run_sb3, *setting)
     return found
 
 
@@ -208,27 +242,24 @@ def print_rows(game: str, agent: str, batch_size: int, speeds: dict[str, list[fl
         print(setting, "| | | |", flush=True)
     for name, theirs in speeds.items():
         if name != "ours":
-            ratio = f"{median(ours) / median(theirs):.2f}"
-            ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=True))
-            print(setting, f"{name} | {median(theirs):.1f} | {ratio} | {ratios} |", flush=True)
+            ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+            low, middle, high = quantiles(ratios, n=4, method="inclusive")
+            print(setting, f"{name} | {median(theirs):.1f} | {middle:.2f} | {low:.2f} to {high:.2f} |", flush=True)
 
 
 def main(args: Args):
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    machine = in_a_process(describe_machine, args)
+    with ProcessPoolExecutor(1, SPAWN) as pool:  # torch stays out of this process
+        machine = pool.submit(describe_machine, args).result()
     print(", ".join(f"{name} {value}" for name, value in machine.items()), end="\n\n")
-    print("| game | agent | batch | ours, steps/s | beside | steps/s | ratio of the medians | ratios of the rounds |")
+    print("| game | agent | batch | ours, steps/s | beside | steps/s | ratio | middle half of the ratios |")
     print("|-|-|-|-|-|-|-|-|")
     results = []
     for game in args.games:
         for agent in args.agents:
             for batch_size in args.batch_sizes:
-                who = contenders(agent, game, batch_size, args)
-                speeds = {name: [] for name in who}
-                for _ in range(args.rounds):
-                    for name, (function, *arguments) in who.items():
-                        speeds[name].append(in_a_process(function, *arguments))
+                speeds = measure(contenders(agent, game, batch_size, args), args)
                 results.append({"game": game, "agent": agent, "batch_size": batch_size, "speeds": speeds})
                 print_rows(game, agent, batch_size, speeds)
                 if args.out:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, load, make_args
@@ -31,8 +32,16 @@ def test_every_benchmark_explains_itself(name, script, capsys):
 def test_the_clock_counts_learning_steps_alone(script, monkeypatch):
     speed = script("speed")
     now = [0.0]
+    sent = []
+    turns = [10, 3, 0]  # seconds of each
+
+    def wait_for_a_turn():
+        now[0] += 1_000  # others have theirs
+        return turns.pop(0)
+
+    channel = SimpleNamespace(send=sent.append, recv=wait_for_a_turn)
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
-    clock = speed.Clock(speed.Args(seconds=10, warm_up=5))
+    clock = speed.Clock(channel)
 
     def tick(times: int, seconds_each: float):
         for _ in range(times):
@@ -40,19 +49,46 @@ def test_the_clock_counts_learning_steps_alone(script, monkeypatch):
             clock.tick()
 
     tick(1_000, 100.0)  # random steps, however slow
-    tick(12, 0.5)  # warming up
-    assert clock.measured_since == now[0]
+    assert turns == [3, 0]
     tick(20, 0.5)
-    with pytest.raises(speed.Measured) as end:
-        tick(4, 0.5)
-    assert end.value.args == (2.0,)
+    assert sent == [2.0]
+    with pytest.raises(speed.Enough):
+        tick(16, 0.25)
+    assert sent == [2.0, 4.0]
 
 
-def test_a_learning_agent_is_measured(script, monkeypatch, tmp_path):
+def test_contenders_take_turns(script, monkeypatch):
+    """By turns of --seconds, in turned order every other round; the warm-up doesn't count."""
     speed = script("speed")
-    monkeypatch.chdir(tmp_path)
-    args = speed.Args(seconds=0.05, warm_up=0.01, cuda=False)
-    assert speed.measure_agent(ROOT / "agents", "dqn", "MinAtar/Breakout-v1", 8, args) > 0
+    turns = []
+
+    class Contender:
+        def __init__(self, name):
+            self.name = name
+
+        def turn(self, seconds):
+            turns.append((self.name, seconds))
+            return float(len(turns))
+
+        def end(self):
+            turns.append((self.name, 0))
+
+    monkeypatch.setattr(speed, "Contender", Contender)
+    speeds = speed.measure({"a": ("A",), "b": ("B",)}, speed.Args(rounds=2, seconds=2, warm_up=5))
+    assert turns == [("A", 5), ("B", 5), ("A", 2), ("B", 2), ("B", 2), ("A", 2), ("A", 0), ("B", 0)]
+    assert speeds == {"a": [3.0, 6.0], "b": [4.0, 5.0]}
+
+
+def test_a_learning_agent_is_measured(script):
+    speed = script("speed")
+    args = speed.Args(cuda=False, warm_up=0.01, seconds=0.05, rounds=2)
+    who = speed.contenders("dqn", "MinAtar/Breakout-v1", 8, args)
+    speeds = speed.measure(who, args)
+    assert [len(each) for each in speeds.values()] == [2]
+    assert min(speeds["ours"]) > 0
+    who["ours"] = (*who["ours"][:3], "MinAtar/Nothing-v1", *who["ours"][4:])
+    with pytest.raises(RuntimeError, match="--env-id is MinAtar/Nothing-v1"):
+        speed.measure(who, args)
 
 
 @pytest.mark.long

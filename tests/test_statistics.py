@@ -213,3 +213,21 @@ def test_the_published_numbers():
         width = float(row["ci_high"]) - float(row["ci_low"])
         assert interval.low == pytest.approx(float(row["ci_low"]), abs=0.12 * width)
         assert interval.high == pytest.approx(float(row["ci_high"]), abs=0.12 * width)
+
+
+def test_several_settings_at_once():
+    """Each has its own interval, whether or not another has as many runs."""
+    rng = np.random.default_rng(0)
+    groups = []
+    for shift, runs in [(0.0, 10), (5.0, 10), (10.0, 4), (15.0, 10)]:
+        groups.append([shift + rng.normal(size=runs) for _ in range(6)])
+    found = statistics.estimate_each(groups, np.random.default_rng(1), resamples=5_000)
+    against = statistics.improvement_of_each(groups, groups[1], np.random.default_rng(2), resamples=5_000)
+    for strata, each, improvement in zip(groups, found, against, strict=True):
+        alone = statistics.estimate(strata, np.random.default_rng(3), resamples=5_000)
+        for name, interval in alone.items():
+            assert each[name].point == interval.point
+            np.testing.assert_allclose(each[name], interval, atol=0.03)
+        alone = statistics.probability_of_improvement(strata, groups[1], np.random.default_rng(4), resamples=5_000)
+        assert improvement.point == alone.point
+        np.testing.assert_allclose(improvement, alone, atol=0.02)
