@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: minatar pong test test-long sync
+.PHONY: minatar pong figures study test test-long sync
 
 # the quick look: train, draw the learning curve, play a game
 minatar: $(VENV)/installed
@@ -23,6 +23,15 @@ pong: $(VENV)/installed
 	@echo 'A quick look:  make minatar, two minutes, draws a learning curve and plays a game.'
 	@echo
 	$(BIN)/python agents/qrdqn.py --batch-size 8 --env-id ALE/Pong-v5 --resume auto
+
+# every figure of the study, at a scale of minutes: that it runs and draws, not what it shows
+figures: $(VENV)/installed
+	$(BIN)/python -m experiments run all --scale smoke
+
+# does a smaller batch help DQN, and QR-DQN? On MinAtar, hours; goes on where it was stopped
+study: $(VENV)/installed
+	$(BIN)/python -m experiments run small-batch --scale minatar --record docs/results/small_batch_minatar.csv \
+	  --out docs/results
 
 # two tests at a time, each on one core
 test: $(VENV)/installed

@@ -1,0 +1,209 @@
+"""The study's figures as data: what each asks, and which runs answer it.
+
+Obando-Ceron, Bellemare and Castro, "Small batch deep reinforcement learning", 2023. Values that the study leaves open
+are ours, and marked so. Every value in `varied` meets every other; a figure has `panels` for some of these flags and a
+`line` for the values of another.
+"""
+
+from dataclasses import dataclass, field
+
+BATCH_SIZES = (8, 16, 32, 64)
+STUDY = ("dqn", "rainbow", "qrdqn", "iqn")
+HARD = ("Freeway", "Gravitar", "MontezumaRevenge", "Pitfall", "PrivateEye", "Solaris", "Venture")  # to explore
+HARD_IN_MINATAR = ("Freeway", "Seaquest")
+
+
+@dataclass(frozen=True)
+class Figure:
+    asks: str  # the question, in a sentence
+    draw: str  # curves, games, gains, time or diagnostics: a function of experiments/draw.py
+    agents: tuple[str, ...]  # files in agents/
+    varied: dict[str, tuple]  # flag -> its values
+    games: str | tuple[str, ...] = "fedus20"  # a list of analysis/data/game_lists.csv, or names
+    seeds: int = 3
+    steps: int = 25_000_000  # agent steps: 4 emulator frames each
+    panels: tuple[str, ...] = ("agent",)
+    line: str = "batch_size"
+    flags: dict = field(default_factory=dict)  # the same in all runs
+    variants: dict[str, dict] = field(default_factory=dict)  # name -> flags that go together; "variant" in panels
+
+    # the same question on MinAtar
+    minatar_steps: int = 500_000
+    minatar_games: tuple[str, ...] = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
+    minatar_varied: dict[str, tuple] = field(default_factory=dict)  # values that differ there
+    atari_only: bool = False  # asks for what MinAtar has not
+
+
+SMALL_AND_USUAL = {"batch_size": (8, 32)}
+ALL_GAMES = {"agents": ("qrdqn",), "varied": SMALL_AND_USUAL, "games": "atari60"}
+NETWORKS = {"agents": ("qrdqn",), "atari_only": True}
+LONG = {"steps": 50_000_000, "minatar_steps": 1_000_000}
+SAMPLE_EFFICIENT = {
+    "agents": ("der", "spr", "drq_eps"),
+    "varied": {"batch_size": BATCH_SIZES},
+    "games": "atari100k_26",
+    "seeds": 6,
+}
+NO_EXPLORATION = {"agents": ("qrdqn",), "varied": {"batch_size": BATCH_SIZES, "end_e": (0.0, 0.01)}}
+DIVIDED = {
+    "agents": ("qrdqn",),
+    "varied": {"batch_divisor": (1, 2, 4, 8)},  # ours
+    "flags": {"batch_size": 32},
+    "line": "batch_divisor",
+}
+NOISY_TARGETS = {
+    "agents": ("qrdqn",),
+    "varied": {"batch_size": (8, 32), "target_noise_std": (0.0, 0.01, 0.1, 1.0)},  # ours
+    "panels": ("batch_size",),
+    "line": "target_noise_std",
+}
+
+# the components of the compact Rainbow, as rainbow.py's switches; with all of them off it is DQN
+NONE = {"n_step": 1, "prioritized": False, "distributional": False}
+ALL = {"n_step": 3, "prioritized": True, "distributional": True}
+ADDED = {
+    "dqn": NONE,
+    "+ n-step": NONE | {"n_step": 3},
+    "+ prioritized": NONE | {"prioritized": True},
+    "+ distributional": NONE | {"distributional": True},
+}
+REMOVED = {
+    "rainbow": ALL,
+    "- n-step": ALL | {"n_step": 1},
+    "- prioritized": ALL | {"prioritized": False},
+    "- distributional": ALL | {"distributional": False},
+}
+
+FIGURES = {
+    "fig2.1": Figure(
+        "Does a smaller batch help four agents that learn from multi-step returns, or from one-step ones?",
+        "curves",
+        STUDY,
+        {"batch_size": BATCH_SIZES},
+    ),
+    "fig2.2": Figure("In how many of all games does QR-DQN gain by a batch of 8?", "gains", **ALL_GAMES),
+    "fig2.3": Figure("How does QR-DQN learn each game with a batch of 8, and of 32?", "games", **ALL_GAMES),
+    "fig2.4": Figure("Does QR-DQN gain by a batch of 8 over all games together?", "curves", **ALL_GAMES),
+    "fig2.5": Figure(
+        "Does a smaller batch help larger networks, too?",
+        "curves",
+        **NETWORKS,
+        varied={"network": ("dopamine-x4", "impala"), "batch_size": BATCH_SIZES},
+        panels=("network",),
+    ),
+    "fig2.6": Figure(
+        "In which games does it help convolutions four times as wide?",
+        "games",
+        **NETWORKS,
+        varied={"batch_size": BATCH_SIZES},
+        flags={"network": "dopamine-x4"},
+    ),
+    "fig2.7": Figure(
+        "In which games does it help a residual network?",
+        "games",
+        **NETWORKS,
+        varied={"batch_size": BATCH_SIZES},
+        flags={"network": "impala"},
+    ),
+    "fig2.8": Figure(
+        "Does a smaller batch help the agents of Atari 100k?",
+        "curves",
+        **SAMPLE_EFFICIENT,
+        steps=100_000,
+        minatar_steps=100_000,
+    ),
+    "fig2.9": Figure(
+        "Does it help them if they learn for longer, 30 million frames?",
+        "curves",
+        **SAMPLE_EFFICIENT,
+        steps=7_500_000,
+        minatar_steps=300_000,
+    ),
+    "fig2.10": Figure(
+        "Does QR-DQN keep its gain for 200 million frames?", "curves", ("qrdqn",), SMALL_AND_USUAL, **LONG
+    ),
+    "fig2.11": Figure("Does IQN keep its gain for 200 million frames?", "curves", ("iqn",), SMALL_AND_USUAL, **LONG),
+    "fig2.12": Figure(
+        "How do both learn each game in 200 million frames?",
+        "games",
+        ("qrdqn", "iqn"),
+        SMALL_AND_USUAL,
+        **LONG,
+    ),
+    "fig2.13": Figure(
+        "Does a small batch explore by itself: what if epsilon falls to 0 in games that are hard to explore?",
+        "games",
+        **NO_EXPLORATION,
+        games=HARD,
+        minatar_games=HARD_IN_MINATAR,
+        panels=("end_e",),
+    ),
+    "fig2.14": Figure("And over 20 games?", "curves", **NO_EXPLORATION, panels=("end_e",)),
+    "fig2.15": Figure(
+        "What does a smaller batch gain in wall-clock time?",
+        "time",
+        STUDY,
+        {"batch_size": BATCH_SIZES},
+        flags={"n_step": 3},  # DQN as well
+    ),
+    "fig2.16": Figure(
+        "Is it the learning rate: does another one do what a smaller batch does?",
+        "curves",
+        ("qrdqn",),
+        {"learning_rate": (1.25e-5, 5e-5, 2e-4), "batch_size": BATCH_SIZES},  # ours: a quarter, and four times
+        minatar_varied={"learning_rate": (6.25e-5, 2.5e-4, 1e-3)},
+        panels=("learning_rate",),
+    ),
+    "fig2.17": Figure("Is it the number of updates: what if one batch of 32 makes several?", "curves", **DIVIDED),
+    "fig2.18": Figure("And game by game?", "games", **DIVIDED),
+    "fig2.19": Figure(
+        "Which component, added to DQN, makes a smaller batch the better one?",
+        "curves",
+        ("rainbow",),
+        {"batch_size": BATCH_SIZES},
+        variants=ADDED,
+        panels=("variant",),
+    ),
+    "fig2.20": Figure(
+        "Without which component of Rainbow is it no longer?",
+        "curves",
+        ("rainbow",),
+        {"batch_size": BATCH_SIZES},
+        variants=REMOVED,
+        panels=("variant",),
+    ),
+    "fig2.21": Figure(
+        "From how many steps in the return on is a smaller batch the better one?",
+        "curves",
+        ("dqn", "rainbow", "qrdqn"),
+        {"n_step": (1, 3, 5), "batch_size": BATCH_SIZES},  # ours
+        panels=("agent", "n_step"),
+    ),
+    "fig2.22": Figure(
+        "What does the batch size do to losses, gradients and the network?",
+        "diagnostics",
+        ("qrdqn",),
+        {"batch_size": BATCH_SIZES},
+        games=("Asteroids", "DemonAttack", "SpaceInvaders"),
+    ),
+    "fig2.23": Figure("Is it the noise: what if the learning target has some more?", "curves", **NOISY_TARGETS),
+    "fig2.24": Figure("And game by game?", "games", **NOISY_TARGETS),
+    "fig2.25": Figure(
+        "Does a smaller batch help where all data is given, offline?",
+        "curves",
+        ("cql_offline",),
+        {"algorithm": ("dqn", "cql-dr3", "cql-c51"), "n_step": (1, 3), "batch_size": BATCH_SIZES},
+        games="dr3_17",
+        seeds=5,
+        steps=50_000_000,
+        minatar_steps=250_000,
+        panels=("n_step", "algorithm"),
+    ),
+    "small-batch": Figure(  # fig2.1's question at the size of a laptop: make study
+        "Does a smaller batch help DQN, and QR-DQN?",
+        "curves",
+        ("dqn", "qrdqn"),
+        SMALL_AND_USUAL,
+        seeds=5,
+    ),
+}

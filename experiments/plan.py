@@ -1,0 +1,296 @@
+"""From figures to the runs they need: agent, game, seed and flags of each, at the scale that is asked for."""
+
+import ast
+import csv
+import difflib
+import json
+import sys
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+from analysis.runs import BadInput
+from analysis.scores import DATA
+from experiments.figures import FIGURES, Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+SCALES = ("paper", "minatar", "smoke")
+
+# MinAtar: Dopamine's settings, but for epsilon
+RATE = {"learning_rate": 2.5e-4, "adam_eps": 3.125e-4}
+SUPPORT = {"v_min": -100.0, "v_max": 100.0}
+ONLINE = {
+    "buffer_size": 100_000,
+    "learning_starts": 1_000,
+    "target_network_frequency": 1_000,
+    "exploration_steps": 100_000,
+    "checkpoint_frequency": 50_000,
+}
+MINATAR = {
+    "dqn": RATE | ONLINE,
+    "qrdqn": RATE | ONLINE,
+    "iqn": RATE | ONLINE,
+    "rainbow": RATE | ONLINE | SUPPORT,
+    "der": RATE | SUPPORT,
+    "drq_eps": RATE | {"image_pad": 1},
+    "spr": RATE | SUPPORT | {"image_pad": 1},
+    "cql_offline": RATE | SUPPORT | {"target_network_frequency": 1_000, "eval_steps": 10_000},
+}
+
+# minutes for all figures together: two seeds of one game, a hundred updates
+SMOKE = {
+    "learning_starts": 100,
+    "exploration_steps": 100,
+    "target_network_frequency": 100,
+    "buffer_size": 1_000,
+    "checkpoint_frequency": 100,
+    "diagnostics_frequency": 100,
+    "eval_episodes": 2,
+    "eval_steps": 50,
+    "max_episode_steps": 60,
+}
+SMOKE_STEPS = 500
+SMOKE_STEPS_ON_ATARI = 160
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of an agent, below <folder>/runs."""
+
+    agent: str
+    env_id: str
+    seed: int
+    flags: tuple[tuple[str, object], ...]  # sorted; all but --env-id, --seed and --exp-name
+    exp_name: str  # agent and what is special, by which runs are told apart
+    needs: tuple = ()  # what must be finished before
+
+    @property
+    def name(self) -> str:
+        return f"{self.exp_name} {self.env_id} seed {self.seed}"
+
+    @property
+    def steps(self) -> int:
+        return dict(self.flags)["total_timesteps"]
+
+    @property
+    def kind(self) -> tuple:
+        """Runs of one kind are about as fast."""
+        flags = dict(self.flags)
+        return self.agent, flags.get("batch_size", 32), flags.get("network", "dopamine"), self.env_id
+
+    def command(self, folder: Path) -> list[str]:
+        words = [sys.executable, str(ROOT / "agents" / f"{self.agent}.py")]
+        words += ["--env-id", self.env_id, "--seed", str(self.seed), "--exp-name", self.exp_name]
+        for name, value in self.flags:
+            words += as_words(name, value)
+        return [*words, "--resume", "auto"]
+
+    def folders(self, folder: Path) -> list[Path]:
+        """The folders of this run, the newest last."""
+        pattern = f"{self.env_id.replace('/', '-')}__{self.exp_name}__{self.seed}__*/args.json"
+        return [path.parent for path in sorted((folder / "runs").glob(pattern))]
+
+    def result(self, folder: Path) -> Path | None:
+        """Its folder, if it is finished."""
+        finished = [path for path in self.folders(folder) if (path / "finished").exists()]
+        return finished[-1] if finished else None
+
+
+@dataclass(frozen=True)
+class Export:
+    """A run's replay as a dataset, for cql_offline.py."""
+
+    run: Run
+    steps: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"dataset of {self.run.env_id}"
+
+    @property
+    def kind(self) -> tuple:
+        return ("export",)
+
+    @property
+    def needs(self) -> tuple:
+        return (self.run,)
+
+    def place(self) -> str:
+        return f"datasets/{self.run.env_id.replace('/', '-')}"
+
+    def command(self, folder: Path) -> list[str]:
+        rows = max(self.run.steps // 5, 100)  # five files, as cql_offline.py draws five
+        script = str(ROOT / "export_dataset.py")
+        return [sys.executable, script, str(self.run.result(folder)), self.place(), "--rows", str(rows)]
+
+    def result(self, folder: Path) -> Path | None:
+        marks = list((folder / self.place()).glob("export.json"))
+        return marks[0].parent if marks else None
+
+
+def as_words(name: str, value) -> list[str]:
+    """A flag as it stands on a command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", str(value)]
+
+
+@cache
+def defaults_of(agent: str) -> dict:
+    """The flags of an agent and their defaults, read from its file without running it."""
+    tree = ast.parse((ROOT / "agents" / f"{agent}.py").read_text())
+    (args,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: ast.literal_eval(node.value) for node in fields}
+
+
+def find_figure(name: str) -> Figure:
+    """Raises BadInput, with the nearest names, if there is none of this name."""
+    if name in FIGURES:
+        return FIGURES[name]
+    near = difflib.get_close_matches(name, FIGURES, 3, 0.5) or ["python -m experiments list"]
+    raise BadInput(f"there is no figure {name!r}: try {', '.join(near)}.")
+
+
+def games_of(figure: Figure, scale: str) -> list[str]:
+    """The figure's games at this scale, as --env-id has them. Raises BadInput where the question has none there."""
+    if scale == "paper":
+        names = figure.games
+        if isinstance(names, str):
+            with open(DATA / "game_lists.csv") as file:
+                names = [row["game"] for row in csv.DictReader(file) if row[f"in_{figure.games}"] == "1"]
+        return [f"ALE/{name}-v5" for name in names]
+    if scale == "smoke":
+        return ["ALE/Pong-v5"] if figure.atari_only else ["MinAtar/Breakout-v1"]
+    if figure.atari_only:
+        raise BadInput("this figure asks about networks for Atari's images, which MinAtar has not: --scale paper.")
+    return [f"MinAtar/{name}-v1" for name in figure.minatar_games]
+
+
+def seeds_of(figure: Figure, scale: str) -> range:
+    count = {"paper": figure.seeds, "minatar": max(figure.seeds, 5), "smoke": 2}[scale]  # 5: what an interval takes
+    return range(1, count + 1)
+
+
+def values_of(figure: Figure, scale: str) -> dict[str, tuple]:
+    """{flag: values} at this scale, with "agent" and "variant" among the flags."""
+    varied = figure.varied if scale == "paper" else figure.varied | figure.minatar_varied
+    if scale == "smoke" and len(varied.get("batch_size", ())) == 4:
+        varied = varied | {"batch_size": (8, 32)}
+    variants = {"variant": tuple(figure.variants)} if figure.variants else {}
+    return {"agent": figure.agents, **variants, **varied}
+
+
+def base_flags(figure: Figure, agent: str, scale: str) -> dict:
+    """The flags that an agent has at this scale, whatever varies."""
+    if scale == "paper":
+        return {"total_timesteps": figure.steps}
+    if scale == "minatar":
+        return MINATAR[agent] | {"total_timesteps": figure.minatar_steps}
+    longer = figure.minatar_steps // 100_000  # so that fig2.9 is no fig2.8
+    steps = SMOKE_STEPS_ON_ATARI if figure.atari_only else SMOKE_STEPS + 4 * longer
+    return MINATAR[agent] | SMOKE | {"total_timesteps": steps, "iteration_steps": SMOKE_STEPS // 2}
+
+
+def settings_of(figure: Figure, scale: str) -> list[dict]:
+    """Every combination of the values that vary: {flag: value}, with "agent" and "variant" where they vary."""
+    values = values_of(figure, scale)
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+
+
+def make_run(figure: Figure, setting: dict, env_id: str, seed: int, scale: str, overrides: dict) -> Run:
+    agent = setting["agent"]
+    known = defaults_of(agent)
+    usual = {name: value for name, value in base_flags(figure, agent, scale).items() if name in known}
+    chosen = {name: value for name, value in setting.items() if name not in ("agent", "variant")}
+    flags = usual | figure.flags | figure.variants.get(setting.get("variant"), {}) | chosen | overrides
+    told = {name for name in flags if flags[name] != (known | usual)[name] and name != "dataset_dir"}
+    told |= {"batch_size", "total_timesteps"}
+    exp_name = ",".join([agent, *(f"{name}={(known | flags)[name]}" for name in sorted(told))])
+    needs = ()
+    if agent == "cql_offline" and "dataset_dir" not in flags and scale != "paper":
+        recording = make_recording(env_id, flags["total_timesteps"], scale)
+        needs = (Export(recording),)
+        flags["dataset_dir"] = needs[0].place()
+    if "dataset_dir" in flags:
+        game = env_id.removeprefix("ALE/").removesuffix("-v5")
+        flags["dataset_dir"] = str(flags["dataset_dir"]).replace("{game}", game)
+    return Run(agent, env_id, seed, tuple(sorted(flags.items())), exp_name, needs)
+
+
+def make_recording(env_id: str, steps: int, scale: str) -> Run:
+    """The DQN whose games the offline agents learn from: twice as many steps as theirs, all in its replay."""
+    small = SMOKE if scale == "smoke" else {}
+    flags = MINATAR["dqn"] | {name: value for name, value in small.items() if name in defaults_of("dqn")}
+    flags |= {"total_timesteps": 2 * steps, "buffer_size": 2 * steps}
+    return Run("dqn", env_id, 1, tuple(sorted(flags.items())), "dqn,recorded")
+
+
+def make_plan(names, scale: str, overrides: dict, strict: bool = True) -> list[Run | Export]:
+    """All that the figures need, once each; the first seed of everything before the second.
+
+    Raises BadInput if something cannot be run; not `strict`, it is left out.
+    """
+    found = {}
+    for name in names:
+        figure = find_figure(name)
+        if not strict and figure.atari_only and scale == "minatar":
+            continue
+        for seed in seeds_of(figure, scale):
+            for env_id, setting in product(games_of(figure, scale), settings_of(figure, scale)):
+                check_overrides(setting["agent"], overrides)
+                run = make_run(figure, setting, env_id, seed, scale, overrides)
+                for export in run.needs:
+                    found |= {export.run: 0, export: 0}
+                found[run] = seed
+    return sorted(found, key=found.get)
+
+
+def check_overrides(agent: str, overrides: dict):
+    """Raise BadInput if the agent has no such flag."""
+    for name in overrides:
+        if name not in defaults_of(agent):
+            near = difflib.get_close_matches(name, defaults_of(agent), 1)
+            near = f": --{near[0].replace('_', '-')}?" if near else "."
+            raise BadInput(f"{agent} has no flag --{name.replace('_', '-')}{near}")
+
+
+def read_overrides(words: list[str]) -> dict:
+    """--learning-rate 1e-3 --no-cuda -> {"learning_rate": 0.001, "cuda": False}. Raises BadInput for anything else."""
+    found = {}
+    words = [part for word in words for part in word.split("=", 1)]
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise BadInput(f"after -- there are flags of agents and their values: {word} is none.")
+        name = word[2:].replace("-", "_")
+        if words and not words[0].startswith("--"):
+            value = words.pop(0)
+            try:
+                found[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                found[name] = value
+        else:
+            found[name.removeprefix("no_")] = not name.startswith("no_")
+    return found
+
+
+def claim_folder(folder: Path, scale: str, overrides: dict):
+    """Make the folder of a plan, or go on in it. Raises BadInput if it holds runs of another."""
+    plan = {"scale": scale, "flags": overrides}
+    path = folder / "plan.json"
+    try:
+        if path.exists():
+            other = json.loads(path.read_text())
+            if other != plan:
+                flags = other["flags"] or "no flags"
+                raise BadInput(f"{folder} has runs of another plan, --scale {other['scale']} with {flags}: --folder.")
+        elif folder.exists() and any(folder.iterdir()):
+            raise BadInput(f"{folder} is not empty, and no folder of experiments: name another with --folder.")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(plan))
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{path} cannot be used: {error}.") from None

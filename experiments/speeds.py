@@ -1,0 +1,72 @@
+"""How long a figure takes on this machine, from a minute's trial of each agent."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from experiments.figures import FIGURES
+from experiments.local import count_cores
+from experiments.plan import ROOT, Run, make_plan
+
+KNOWN = Path("studies") / "speeds.json"  # {game kind: {agent and network: {batch size: steps per second}}}
+GAMES = {"ALE": "ALE/Pong-v5", "MinAtar": "MinAtar/Breakout-v1"}
+
+
+def list_figures(scale: str, trial: bool):
+    """Print a table of the figures."""
+    known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
+    plans = {name: make_plan([name], scale, {}, strict=False) for name in FIGURES}
+    if trial:
+        for plan in plans.values():
+            for item in plan:
+                measure(item, known)
+    print(f"{'figure':12} {'runs':>6} {'hours':>8}  asks")
+    for name, figure in FIGURES.items():
+        hours = [hours_of(item, known) for item in plans[name]]
+        shown = "?" if None in hours else f"{sum(hours) / count_cores():,.1f}"
+        print(f"{name:12} {len(plans[name]) or '-':>6} {shown:>8}  {figure.asks}")
+    print(f"hours: of all its runs, --scale {scale}, {count_cores()} at a time; figures that share runs share hours")
+    if not trial and not known:
+        print("hours are known after a trial: python -m experiments list --trial")
+
+
+def place_of(item: Run) -> tuple[str, str]:
+    """Where its speed is kept."""
+    agent = "dqn" if item.agent == "cql_offline" else item.agent  # which acts besides
+    network = dict(item.flags).get("network", "dopamine")
+    return item.env_id.split("/")[0], f"{agent} {network}"
+
+
+def measure(item: Run, known: dict):
+    """Time an agent with batches of 8 and 32, unless it is known, on one thread."""
+    if not isinstance(item, Run):
+        return
+    games, name = place_of(item)
+    if name in known.setdefault(games, {}):
+        return
+    agent, network = name.split()
+    print(f"a minute's trial of {agent} on {GAMES[games]} ({network})", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "speeds.json"
+        words = ["--agents", agent, "--games", GAMES[games], "--network", network, "--batch-sizes", "8", "32"]
+        words += ["--rounds", "5", "--seconds", "2", "--threads", "1", "--no-sb3", "--out", str(out)]
+        script = str(ROOT / "benchmarks" / "speed.py")
+        subprocess.run([sys.executable, script, *words], check=True, stdout=subprocess.DEVNULL)
+        results = json.loads(out.read_text())["results"]
+    known[games][name] = {str(row["batch_size"]): sorted(row["speeds"]["ours"])[2] for row in results}
+    KNOWN.parent.mkdir(exist_ok=True)
+    KNOWN.write_text(json.dumps(known, indent=2))
+
+
+def hours_of(item, known: dict) -> float | None:
+    """Hours on one core: the time of a step grows linearly with the batch. None if the agent has had no trial."""
+    if not isinstance(item, Run):
+        return 0.0
+    games, name = place_of(item)
+    if name not in known.get(games, {}):
+        return None
+    small, usual = (1 / known[games][name][size] for size in ("8", "32"))  # seconds a step
+    batch_size = dict(item.flags).get("batch_size", 32)
+    return item.steps * (small + (usual - small) * (batch_size - 8) / 24) / 3600
