@@ -62,6 +62,7 @@ class Run(Figures):
     """Run what figures need, going on with what was stopped, and draw them."""
 
     jobs: int = field(default_factory=count_cores)  # runs at a time, on this machine
+    threads: int = 0  # of each run (0: the cores, divided among the jobs)
     cluster: Literal["slurm"] | None = None  # submit instead, as a job array
     slurm: Annotated[Cluster, tyro.conf.arg(name="")] = field(default_factory=Cluster)
 
@@ -69,15 +70,15 @@ class Run(Figures):
 def run(args: Run, overrides: dict) -> int:
     """Run a plan here, or submit it; return the exit status."""
     plan = make_plan(args.names, args.scale, overrides)
-    if args.jobs < 1:
-        raise BadInput(f"--jobs is {args.jobs}: it must be at least 1.")
+    if args.jobs < 1 or args.threads < 0:
+        raise BadInput("--jobs must be at least 1, --threads 0 or more.")
     claim_folder(args.folder, args.scale, overrides)
     check_arrays(args.folder)
     if args.cluster:
         arrays = submit(plan, args.folder, args.slurm)
         print(f"submitted as {' and '.join(arrays) or 'nothing: all is finished'}: squeue --me shows them")
         return 0
-    status = Launcher(plan, args.folder, args.jobs, Record(args.record)).run()
+    status = Launcher(plan, args.folder, args.jobs, args.threads, Record(args.record)).run()
     return status if status > 1 else max(status, figure(args, overrides))
 
 

@@ -65,7 +65,7 @@ def log_of(item: Run | Export, folder: Path) -> Path:
 class Launcher:
     """Works through a plan, `jobs` processes at a time."""
 
-    def __init__(self, plan: list[Run | Export], folder: Path, jobs: int, record: Record):
+    def __init__(self, plan: list[Run | Export], folder: Path, jobs: int, threads: int, record: Record):
         self.folder = folder
         self.jobs = jobs
         self.record = record
@@ -77,7 +77,7 @@ class Launcher:
         self.attempts: Counter = Counter()
         self.stopped_by: list[int] = []
         self.speeds: dict = defaultdict(list)  # steps per second of finished runs, by their kind
-        self.threads = max(1, count_cores() // jobs)
+        self.threads = threads or max(1, count_cores() // jobs)
         self.gpus = list_gpus()
 
     def run(self) -> int:
