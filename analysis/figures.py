@@ -114,7 +114,7 @@ def _plain_ticks(axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _frames_unit(frames: np.ndarray) -> tuple[float, str]:
+def frames_unit(frames: np.ndarray) -> tuple[float, str]:
     return (1e6, "emulator frames (millions)") if frames[-1] >= 2e6 else (1e3, "emulator frames (thousands)")
 
 
@@ -122,7 +122,7 @@ def curves(results: Results) -> Figure:
     """IQM against frames, with bands."""
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot()
-    scale, unit = _frames_unit(results.frames)
+    scale, unit = frames_unit(results.frames)
     with _finished(figure, f"{results.caption} ({min(results.resamples, CURVE_RESAMPLES):,} resamples)"):
         for group in reversed(results.ordered):
             _band(results, group, axes, results.frames / scale, results.curves[group.label])
@@ -229,7 +229,7 @@ def games(results: Results) -> Figure:
     rows = math.ceil(len(study.games) / columns)
     figure = Figure(figsize=(max(6, 2.1 * columns), 0.9 + 1.7 * rows))
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
-    scale, unit = _frames_unit(study.frames)
+    scale, unit = frames_unit(study.frames)
     with _finished(figure, f"{results.counted(study.games)}; lines: mean, bands: smallest to largest. Across: {unit}"):
         for axes, game in zip(panels, study.games, strict=False):
             for group in reversed(results.ordered):
@@ -285,7 +285,7 @@ def diagnostics(results: Results) -> Figure:
     columns = ["return", *DIAGNOSTICS.values()]
     figure = Figure(figsize=(2.1 * len(columns), 0.9 + 1.6 * len(study.games)))
     panels = figure.subplots(len(study.games), len(columns), squeeze=False, sharex=True)
-    scale, unit = _frames_unit(study.frames)
+    scale, unit = frames_unit(study.frames)
     runs = {group.label: [run for found in group.runs.values() for run in found] for group in results.ordered}
     lacking = [label for label, found in runs.items() if not any(run.series for run in found)]
     note = f"{results.counted(study.games)}; lines: mean of the seeds. Across: {unit}"

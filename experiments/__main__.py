@@ -87,7 +87,7 @@ def figure(args: Figures, overrides: dict) -> int:
     status = 0
     for name in args.names:
         try:
-            draw.figure(name, find_figure(name), args.scale, overrides, args.folder, Record(args.record), args.out)
+            draw.draw(name, find_figure(name), args.scale, overrides, args.folder, Record(args.record), args.out)
         except BadInput as error:
             print(f"{name} cannot be drawn: {error}", file=sys.stderr)
             status = 1

@@ -207,3 +207,40 @@ FIGURES = {
         seeds=5,
     ),
 }
+
+# ---- flags of the scales that are not the study's own: --scale minatar and smoke
+# Dopamine's settings for MinAtar, but for epsilon
+RATE = {"learning_rate": 2.5e-4, "adam_eps": 3.125e-4}
+SUPPORT = {"v_min": -100.0, "v_max": 100.0}
+ONLINE = {
+    "buffer_size": 100_000,
+    "learning_starts": 1_000,
+    "target_network_frequency": 1_000,
+    "exploration_steps": 100_000,
+    "checkpoint_frequency": 50_000,
+}
+MINATAR = {
+    "dqn": RATE | ONLINE,
+    "qrdqn": RATE | ONLINE,
+    "iqn": RATE | ONLINE,
+    "rainbow": RATE | ONLINE | SUPPORT,
+    "der": RATE | SUPPORT,
+    "drq_eps": RATE | {"image_pad": 1},
+    "spr": RATE | SUPPORT | {"image_pad": 1},
+    "cql_offline": RATE | SUPPORT | {"target_network_frequency": 1_000, "eval_steps": 10_000},
+}
+
+# minutes for all figures together: two seeds of one game, a hundred updates
+SMOKE = {
+    "learning_starts": 200,
+    "exploration_steps": 100,
+    "target_network_frequency": 100,
+    "buffer_size": 1_000,
+    "checkpoint_frequency": 100,
+    "diagnostics_frequency": 100,
+    "eval_episodes": 2,
+    "eval_steps": 50,
+    "max_episode_steps": 60,
+}
+SMOKE_STEPS = 400
+SMOKE_STEPS_ON_ATARI = 240

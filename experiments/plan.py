@@ -12,46 +12,9 @@ from pathlib import Path
 
 from analysis.runs import BadInput
 from analysis.scores import DATA
-from experiments.figures import FIGURES, Figure
+from experiments.figures import FIGURES, MINATAR, SMOKE, SMOKE_STEPS, SMOKE_STEPS_ON_ATARI, Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-SCALES = ("paper", "minatar", "smoke")
-
-# MinAtar: Dopamine's settings, but for epsilon
-RATE = {"learning_rate": 2.5e-4, "adam_eps": 3.125e-4}
-SUPPORT = {"v_min": -100.0, "v_max": 100.0}
-ONLINE = {
-    "buffer_size": 100_000,
-    "learning_starts": 1_000,
-    "target_network_frequency": 1_000,
-    "exploration_steps": 100_000,
-    "checkpoint_frequency": 50_000,
-}
-MINATAR = {
-    "dqn": RATE | ONLINE,
-    "qrdqn": RATE | ONLINE,
-    "iqn": RATE | ONLINE,
-    "rainbow": RATE | ONLINE | SUPPORT,
-    "der": RATE | SUPPORT,
-    "drq_eps": RATE | {"image_pad": 1},
-    "spr": RATE | SUPPORT | {"image_pad": 1},
-    "cql_offline": RATE | SUPPORT | {"target_network_frequency": 1_000, "eval_steps": 10_000},
-}
-
-# minutes for all figures together: two seeds of one game, a hundred updates
-SMOKE = {
-    "learning_starts": 100,
-    "exploration_steps": 100,
-    "target_network_frequency": 100,
-    "buffer_size": 1_000,
-    "checkpoint_frequency": 100,
-    "diagnostics_frequency": 100,
-    "eval_episodes": 2,
-    "eval_steps": 50,
-    "max_episode_steps": 60,
-}
-SMOKE_STEPS = 500
-SMOKE_STEPS_ON_ATARI = 160
 
 
 @dataclass(frozen=True)
@@ -190,7 +153,7 @@ def base_flags(figure: Figure, agent: str, scale: str) -> dict:
     if scale == "minatar":
         return MINATAR[agent] | {"total_timesteps": figure.minatar_steps}
     longer = figure.minatar_steps // 100_000  # so that fig2.9 is no fig2.8
-    steps = SMOKE_STEPS_ON_ATARI if figure.atari_only else SMOKE_STEPS + 4 * longer
+    steps = SMOKE_STEPS_ON_ATARI if figure.atari_only else SMOKE_STEPS + 20 * longer
     return MINATAR[agent] | SMOKE | {"total_timesteps": steps, "iteration_steps": SMOKE_STEPS // 2}
 
 
@@ -209,6 +172,7 @@ def make_run(figure: Figure, setting: dict, env_id: str, seed: int, scale: str, 
     told = {name for name in flags if flags[name] != (known | usual)[name] and name != "dataset_dir"}
     told |= {"batch_size", "total_timesteps"}
     exp_name = ",".join([agent, *(f"{name}={(known | flags)[name]}" for name in sorted(told))])
+    flags = {name: value for name, value in flags.items() if value != known[name] or name in told}
     needs = ()
     if agent == "cql_offline" and "dataset_dir" not in flags and scale != "paper":
         recording = make_recording(env_id, flags["total_timesteps"], scale)

@@ -1,0 +1,149 @@
+"""Figures in panels: one for each agent or other setting, and in it a line for each value of one flag.
+
+The colours of batch sizes are the same everywhere, black for 32, the study's default.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis import figures, statistics
+from analysis.compare import verdict
+from analysis.results import compute
+from analysis.runs import BadInput
+from analysis.scores import Group, Run, Study, make_study
+
+COLOURS = {8: "#0072B2", 16: "#009E73", 32: "black", 64: "#D55E00"}  # of batch sizes
+OTHERS = ["black", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00"]  # of other values, in their order
+USUAL = 32  # the batch size that others are compared with
+RESAMPLES = 2_000
+
+
+@dataclass
+class Panel:
+    """A part of a figure: runs that differ in the value of its line, the game and the seed alone."""
+
+    title: str
+    study: Study
+    reference: Group  # batch size 32, or the first value
+
+    @property
+    def few(self) -> bool:
+        """Whether there are too few runs to tell."""
+        return bool(self.study.mark(*self.study.groups))
+
+    def colour(self, group: Group) -> str:
+        (value,) = group.key
+        if self.study.by == ["batch_size"] and value in COLOURS:
+            return COLOURS[value]
+        return OTHERS[self.study.groups.index(group) % len(OTHERS)]
+
+
+def make_panel(title: str, curves: list[Run], line: str) -> Panel:
+    """Scores are human-normalised on Atari; on MinAtar 1 is what the reference scores in the end, 0 random play."""
+    values = sorted({curve.settings[line] for curve in curves})
+    usual = USUAL if line == "batch_size" and USUAL in values else values[0]
+    label = f"{line.replace('_', ' ')} {usual}"
+    minatar = curves[0].game.startswith("MinAtar/")
+    try:
+        study = make_study(curves, [line], f"baseline:{label}" if minatar else "human")
+    except BadInput:  # no better than random play
+        study = make_study(curves, [line], "none")
+    (reference,) = [group for group in study.groups if group.key == (usual,)]
+    return Panel(title, study, reference)
+
+
+def grid(count: int, columns: int, width: float, height: float, same_scale: bool = False):
+    """A figure and its panels, row by row."""
+    rows = math.ceil(count / columns)
+    drawn = Figure(figsize=(width * columns + 0.6, height * rows + 0.9))
+    axes = drawn.subplots(rows, columns, squeeze=False, sharey=same_scale).ravel()
+    for spare in axes[count:]:
+        spare.set_visible(False)
+    return drawn, axes
+
+
+def legend(drawn, axes):
+    handles, labels = axes.get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+
+
+def curves(panels: list[Panel], columns: int, time: bool = False) -> Figure:
+    """IQM of all games against frames, or hours."""
+    drawn, axes = grid(len(panels), columns, 2.5, 2.4, same_scale=True)
+    rng = np.random.default_rng(0)
+    for panel, place in zip(panels, axes, strict=False):
+        study = panel.study
+        scale, unit = figures.frames_unit(study.frames)
+        for group in study.groups:
+            strata = [group.normalised[game] for game in study.scored]
+            found = statistics.estimate(strata, rng, ["iqm"], RESAMPLES)["iqm"]
+            across = study.frames / scale
+            if time and group.hours:
+                across = np.concatenate([group.hours[game] for game in study.scored]).mean(axis=0)
+            colour = panel.colour(group)
+            place.plot(across, found.point, color=colour, label=group.label)
+            place.fill_between(across, found.low, found.high, color=colour, alpha=0.2, linewidth=0)
+        place.set_title(panel.title, fontsize=9)
+        place.set_xlabel("wall-clock time (hours)" if time else unit, fontsize=7)
+        place.tick_params(labelsize=7)
+    axes[0].set_ylabel(f"IQM of the {study.unit}", fontsize=7)
+    legend(drawn, axes[0])
+    return drawn
+
+
+def time(panels: list[Panel], columns: int) -> Figure:
+    """IQM against hours, mean over the runs."""
+    return curves(panels, columns, time=True)
+
+
+def games(panels: list[Panel], columns: int) -> Figure:
+    """Returns game by game: mean of the seeds, and the smallest and largest."""
+    places = [(panel, game) for panel in panels for game in panel.study.games]
+    drawn, axes = grid(len(places), min(5, len(places)), 2.1, 1.7)
+    for (panel, game), place in zip(places, axes, strict=False):
+        scale, unit = figures.frames_unit(panel.study.frames)
+        for group in panel.study.groups:
+            raw, colour = group.raw[game], panel.colour(group)
+            across = panel.study.frames / scale
+            place.plot(across, raw.mean(axis=0), color=colour, linewidth=1.2, label=group.label)
+            place.fill_between(across, raw.min(axis=0), raw.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        title = game.removeprefix("MinAtar/")
+        place.set_title(title if len(panels) == 1 else f"{panel.title}: {title}", fontsize=8)
+        place.tick_params(labelsize=6)
+    axes[0].set_ylabel("return", fontsize=7)
+    axes[0].set_xlabel(unit, fontsize=6)
+    legend(drawn, axes[0])
+    return drawn
+
+
+def gains(panels: list[Panel], columns: int) -> Figure:
+    """Bars of what the smallest value gains over the reference in every game."""
+    (panel,) = panels
+    results = compute(panel.study, panel.reference.label, RESAMPLES, np.random.default_rng(0))
+    return figures.gains(results, results.others[0])
+
+
+def diagnostics(panels: list[Panel], columns: int) -> Figure:
+    """Returns and diagnostics, a row for each game."""
+    (panel,) = panels
+    return figures.diagnostics(compute(panel.study, panel.reference.label, RESAMPLES, np.random.default_rng(0)))
+
+
+def sentences(panels: list[Panel]) -> Iterator[str]:
+    """What the figure says of the smallest value beside the reference: a sentence for each panel."""
+    rng = np.random.default_rng(0)
+    for panel in panels:
+        study, usual = panel.study, panel.reference
+        other = study.groups[0]
+        if other is usual:
+            continue
+        found = statistics.probability_of_improvement(other.strata(study.scored), usual.strata(study.scored), rng)
+        what = f"{panel.title}: a run with {other.label} beats one with {usual.label} on the same game"
+        counted = f"{len(study.scored)} game{'s' * (len(study.scored) != 1)}"
+        chance = f"with probability {found.point:.2f} [{found.low:.2f}, {found.high:.2f}]"
+        words = verdict(study, other, usual, found).replace("the first", other.label).replace("the second", usual.label)
+        yield f"{what} {chance} ({counted}, {study.seeds}): {words}."

@@ -1,0 +1,594 @@
+"""The figures' plans against counts by hand, the launcher with agents that pretend, and both for real."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load
+
+from analysis import panels
+from analysis.runs import BadInput
+from analysis.scores import Run as Curve
+from experiments import __main__ as command_line
+from experiments import draw, local, plan, slurm, speeds
+from experiments.figures import FIGURES, Figure
+from experiments.record import Record
+
+SCALES = ("paper", "minatar", "smoke")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------- plans
+def runs_of(name, scale="paper", overrides=()):
+    return [item for item in plan.make_plan([name], scale, dict(overrides)) if isinstance(item, plan.Run)]
+
+
+@pytest.mark.parametrize(
+    ("name", "paper", "minatar"),
+    [
+        ("fig2.1", 4 * 4 * 20 * 3, 4 * 4 * 5 * 5),  # agents, batch sizes, games, seeds
+        ("fig2.2", 2 * 60 * 3, 2 * 5 * 5),
+        ("fig2.5", 2 * 4 * 20 * 3, None),
+        ("fig2.8", 3 * 4 * 26 * 6, 3 * 4 * 5 * 6),
+        ("fig2.13", 2 * 4 * 7 * 3, 2 * 4 * 2 * 5),
+        ("fig2.19", 4 * 4 * 20 * 3, 4 * 4 * 5 * 5),  # DQN, and three components added to it
+        ("fig2.21", 3 * 3 * 4 * 20 * 3, 3 * 3 * 4 * 5 * 5),
+        ("fig2.22", 4 * 3 * 3, 4 * 5 * 5),
+        ("fig2.25", 3 * 2 * 4 * 17 * 5, 3 * 2 * 4 * 5 * 5 + 5),  # and on MinAtar a recording of each game
+        ("small-batch", 2 * 2 * 20 * 5, 2 * 2 * 5 * 5),
+    ],
+)
+def test_how_many_runs(name, paper, minatar):
+    assert len(runs_of(name)) == paper
+    if minatar is None:
+        with pytest.raises(BadInput, match="--scale paper"):
+            runs_of(name, "minatar")
+    else:
+        assert len(runs_of(name, "minatar")) == minatar
+
+
+def test_every_figure_of_the_study_is_there():
+    assert set(FIGURES) == {f"fig2.{number}" for number in range(1, 26)} | {"small-batch"}
+    for figure in FIGURES.values():
+        assert figure.asks.endswith("?")
+        varied = {"agent", *figure.varied, *(["variant"] if figure.variants else [])}
+        assert {figure.line, *figure.panels} <= varied
+        assert callable(getattr(panels, figure.draw))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_agent_accepts_its_flags(scale):
+    """And the command line gives them as they are in the plan."""
+    seen = set()
+    for name, figure in FIGURES.items():
+        if figure.atari_only and scale == "minatar":
+            continue
+        for run in runs_of(name, scale, {"dataset_dir": "/data/{game}"} if name == "fig2.25" else ()):
+            if (run.agent, run.flags) in seen:
+                continue
+            seen.add((run.agent, run.flags))
+            module = load(ROOT / "agents" / f"{run.agent}.py")
+            args = module.tyro.cli(module.Args, args=run.command(Path())[2:])
+            assert {flag: getattr(args, flag) for flag, _ in run.flags} == dict(run.flags)
+            assert (args.env_id, args.seed, args.exp_name) == (run.env_id, run.seed, run.exp_name)
+    assert len(seen) > 50
+
+
+def test_a_plan_by_hand():
+    first, *_, last = runs_of("fig2.1")
+    assert (first.agent, first.env_id, first.seed) == ("dqn", "ALE/AirRaid-v5", 1)
+    assert dict(first.flags) == {"batch_size": 8, "total_timesteps": 25_000_000}
+    assert (last.agent, last.env_id, last.seed) == ("iqn", "ALE/Zaxxon-v5", 3)
+    names = {run.exp_name: dict(run.flags) for run in runs_of("fig2.19", "smoke")}
+    added = names["rainbow,batch_size=8,distributional=False,prioritized=False,total_timesteps=500"]
+    flags = plan.defaults_of("rainbow") | added
+    assert (flags["n_step"], flags["prioritized"], flags["distributional"]) == (3, False, False)
+    assert flags["learning_rate"] == 2.5e-4
+    offline = runs_of("fig2.25", "paper", {"dataset_dir": "/data/{game}/1/replay_logs"})
+    assert dict(offline[0].flags)["dataset_dir"] == "/data/Asterix/1/replay_logs"
+
+
+def test_figures_share_runs():
+    """A setting is one run, whatever figure it is in, and whether it is named or the agent's default."""
+    assert plan.make_plan(["fig2.2"], "paper", {}) == plan.make_plan(["fig2.4"], "paper", {})
+    together = plan.make_plan(["fig2.1", "fig2.21"], "minatar", {})
+    assert len(together) == 400 + 900 - 3 * 100  # one-step DQN, three-step Rainbow and QR-DQN are in both
+    assert len({run.name for run in together}) == len(together)
+
+
+def test_the_first_seed_comes_first():
+    seeds = [item.seed for item in plan.make_plan(["fig2.1", "fig2.16"], "minatar", {})]
+    assert seeds == sorted(seeds)
+
+
+def test_overrides():
+    words = ["--no-cuda", "--learning-rate", "1e-3", "--network=nature", "--noisy"]
+    overrides = plan.read_overrides(words)
+    assert overrides == {"cuda": False, "learning_rate": 1e-3, "network": "nature", "noisy": True}
+    run = runs_of("fig2.20", "paper", overrides)[0]
+    assert dict(run.flags).items() >= overrides.items()
+    with pytest.raises(BadInput, match="dqn has no flag --noisy"):
+        runs_of("fig2.1", "paper", overrides)
+    with pytest.raises(BadInput, match="has no flag --batchsize: --batch-size"):
+        runs_of("fig2.1", "paper", {"batchsize": 8})
+    with pytest.raises(BadInput, match="8 is none"):
+        plan.read_overrides(["8"])
+
+
+# ------------------------------------------------------------------- a launcher of agents that pretend
+AGENT = '''
+"""Counts its steps, and does what --network says."""
+
+class Args:
+    exp_name: str = "dqn"
+    batch_size: int = 32
+    total_timesteps: int = 100
+    network: str = "well"
+
+import json, os, pathlib, signal, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+name = f"{flags['--env-id'].replace('/', '-')}__{flags['--exp-name']}__{flags['--seed']}__1"
+folder = pathlib.Path("runs", name)
+folder.mkdir(parents=True, exist_ok=True)
+checkpoint = folder / "checkpoint.pt"
+record = {"agent": "dqn", "args": {}, "git_commit": "abc"}
+(folder / "args.json").write_text(json.dumps(record))
+step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+with open("starts", "a") as file:
+    file.write(f"{flags['--seed']} {step} {os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+
+def stop(number, frame):
+    checkpoint.write_text(str(step))
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, stop)
+if flags.get("--network") == "ill" and flags["--seed"] == "1":
+    sys.exit("its last words")
+total = int(flags["--total-timesteps"])
+while step < total:
+    step += 1
+    print(f"1% {step}/{total} [00:00<00:00, 1 steps/s, return {step / 2}, epsilon 0]", flush=True)
+    time.sleep(float(os.environ.get("PACE", 0)))
+(folder / "finished").touch()
+'''
+TINY = Figure("Does it run?", "curves", ("dqn",), {"batch_size": (8,)}, games=("Pong", "Qbert"), seeds=2, steps=20)
+
+
+@pytest.fixture
+def pretence(tmp_path, monkeypatch):
+    """Agents that pretend, and a figure of theirs: two games, two seeds."""
+    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents/dqn.py").write_text(AGENT)
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    plan.defaults_of.cache_clear()
+    monkeypatch.setitem(FIGURES, "tiny", TINY)
+    yield tmp_path
+    plan.defaults_of.cache_clear()
+
+
+def launch(folder="study", jobs=2, threads=0, **overrides):
+    folder = Path(folder)
+    plan.claim_folder(folder, "paper", overrides)
+    launcher = local.Launcher(plan.make_plan(["tiny"], "paper", overrides), folder, jobs, threads, Record(None))
+    try:
+        return launcher, launcher.run()
+    finally:
+        os.close(launcher.lock)
+
+
+def starts(folder="study"):
+    return [line.split() for line in (Path(folder) / "starts").read_text().splitlines()]
+
+
+def test_all_runs_once(pretence, capsys):
+    launcher, status = launch()
+    assert status == 0
+    assert len(launcher.done) == len(starts()) == 4
+    assert [seed for seed, *_ in starts()] == ["1", "1", "2", "2"]
+    assert "runs: 4 done, 0 going on, 0 to come; 0:00:00 left" in capsys.readouterr().out
+    assert launch()[1] == 0  # there is nothing left to do
+    assert len(starts()) == 4
+
+
+def test_a_run_that_fails(pretence, capsys):
+    """It is tried once more, the others go on, and its last words are reported."""
+    launcher, status = launch(network="ill")
+    assert status == 1
+    assert sorted(seed for seed, *_ in starts()) == ["1"] * 4 + ["2"] * 2
+    assert [item.seed for item in launcher.done] == [2, 2]
+    output = capsys.readouterr()
+    assert output.out.count("failed, and tried once more") == 2
+    assert output.err.count("its last words") == 2
+    assert output.err.count("failed: dqn,batch_size=8") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_gone_on_with(pretence, monkeypatch, capsys, number):
+    """Every run writes its checkpoint; the same command goes on from there."""
+    monkeypatch.setenv("PACE", "0.1")
+
+    def interrupt():
+        while len(list(Path("study/runs").glob("*/args.json"))) < 2:
+            time.sleep(0.02)
+        time.sleep(0.8)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt).start()
+    _, status = launch()
+    assert status == 128 + number
+    assert "the same command goes on" in capsys.readouterr().out
+    checkpoints = [int(path.read_text()) for path in Path("study/runs").glob("*/checkpoint.pt")]
+    assert len(checkpoints) == 2
+    assert min(checkpoints) > 1
+    monkeypatch.setenv("PACE", "0")
+    assert launch()[1] == 0
+    assert sorted(int(step) for _, step, *_ in starts()) == [0, 0, 0, 0, *sorted(checkpoints)]
+
+
+def test_threads_and_gpus(pretence, monkeypatch):
+    """Cores are divided among the jobs, GPUs dealt out in turn."""
+    monkeypatch.setattr(local, "count_cores", lambda: 7)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    launch(jobs=3)
+    assert {threads for _, _, threads, _ in starts()} == {"2"}
+    assert [gpu for *_, gpu in sorted(starts()[:3])] in (["3", "5", "3"], ["3", "3", "5"], ["5", "3", "3"])
+    launch("other", threads=5)
+    assert {threads for _, _, threads, _ in starts("other")} == {"5"}
+
+
+def test_the_time_that_is_left(pretence):
+    """Runs of a kind take as long as those of it that are finished; those of another as long as the mean of all."""
+    items = plan.make_plan(["tiny"], "paper", {})
+    Path("study").mkdir()
+    launcher = local.Launcher(items, Path("study"), 2, 1, Record(None))
+    assert launcher.seconds_left() is None
+    launcher.speeds[items[0].kind] = [1.0, 4.0]  # Pong: 20 steps take 20 or 5 seconds
+    launcher.waiting = [items[0], items[2]]
+    assert launcher.seconds_left() == pytest.approx(2 * 12.5 / 2)
+    launcher.waiting = [items[1]]  # Qbert
+    assert launcher.seconds_left() == pytest.approx(12.5 / 2)
+
+
+def test_one_process_at_a_time(pretence):
+    """While another has the folder, or runs that it left behind when it was killed."""
+    Path("study").mkdir()
+    code = f"""
+        import subprocess, sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        from pathlib import Path
+        from experiments import local
+        lock = local.take_lock(Path("study"))
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+        print(child.pid, flush=True)
+        time.sleep(60)
+    """
+    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    with pytest.raises(BadInput, match="in use by another process"):
+        local.take_lock(Path("study"))
+    holder.kill()
+    holder.wait()
+    with pytest.raises(BadInput, match="in use by another process"):
+        local.take_lock(Path("study"))
+    os.kill(child, signal.SIGKILL)
+    time.sleep(0.2)
+    os.close(local.take_lock(Path("study")))
+
+
+def test_what_a_run_needs_comes_first(monkeypatch):
+    """An offline run waits for the dataset of its game, and the dataset for the recording."""
+    items = plan.make_plan(["fig2.25"], "smoke", {})
+    recording, export, *offline = items
+    assert (recording.exp_name, export.needs) == ("dqn,recorded", (recording,))
+    assert all(item.needs == (export,) for item in offline)
+    Path("study").mkdir()
+    launcher = local.Launcher(items, Path("study"), 1, 1, Record(None))
+    assert launcher.next_item() == recording
+    launcher.waiting.remove(recording)
+    assert launcher.next_item() is None
+    folder = Path("study/runs/MinAtar-Breakout-v1__dqn,recorded__1__1")
+    folder.mkdir(parents=True)
+    (folder / "args.json").touch()
+    (folder / "finished").touch()
+    assert launcher.next_item() == export
+    assert [slurm.depth_of(item) for item in (recording, export, offline[0])] == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------- wrong input
+def call(monkeypatch, capsys, *words):
+    """The exit status and the output of python -m experiments."""
+    monkeypatch.setattr(sys, "argv", ["experiments", *words])
+    with pytest.raises(SystemExit) as end:
+        command_line.main()
+    return end.value.code, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "fig2.31"], "there is no figure 'fig2.31': try fig2.3"),
+        (["run"], "name a figure, or all"),
+        (["run", "fig2.6", "--scale", "minatar"], "MinAtar has not: --scale paper"),
+        (["run", "tiny", "--jobs", "0"], "--jobs must be at least 1"),
+        (["run", "tiny", "--cluster", "slurm"], "sbatch is not here"),
+        (["run", "tiny", "--", "--learning", "1"], "dqn has no flag --learning"),
+        (["run", "tiny", "--folder", "thesis"], "thesis is not empty, and no folder of experiments"),
+        (["run", "tiny", "--folder", "other"], "other has runs of another plan, --scale smoke"),
+    ],
+)
+def test_wrong_input(pretence, monkeypatch, capsys, words, said):
+    """One sentence, status 2, and nothing is touched."""
+    monkeypatch.setenv("PATH", "")
+    Path("thesis").mkdir()
+    Path("thesis/thesis.tex").touch()
+    plan.claim_folder(Path("other"), "smoke", {})
+    status, output = call(monkeypatch, capsys, *words)
+    assert status == 2
+    assert said in output.err
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert not list(Path().glob("*/runs"))
+
+
+def test_a_plan_of_other_flags(pretence):
+    plan.claim_folder(Path("study"), "paper", {"cuda": False})
+    plan.claim_folder(Path("study"), "paper", {"cuda": False})
+    with pytest.raises(BadInput, match="another plan, --scale paper with"):
+        plan.claim_folder(Path("study"), "paper", {})
+
+
+# --------------------------------------------------------------------------------- records and figures
+def fake_curve(value, game, seed, scores):
+    frames = np.arange(1, len(scores) + 1) * 10
+    return Curve("dqn", game, seed, frames, np.array(scores, float), "", {"batch_size": value})
+
+
+def test_a_panel_by_hand():
+    """On MinAtar 1 is the reference's last score and 0 random play: 3.97 in SpaceInvaders, 0.381 in Breakout."""
+    found = []
+    for seed in range(1, 6):
+        for value, gain in ((8, 2.0), (16, 0.5), (32, 1.0)):
+            for game, random in (("MinAtar/SpaceInvaders", 3.97), ("MinAtar/Breakout", 0.381)):
+                found.append(fake_curve(value, game, seed, [random, random + 10 * gain]))
+    panel = panels.make_panel("dqn", found, "batch_size")
+    assert panel.reference.key == (32,)
+    assert not panel.few
+    colours = [panel.colour(group) for group in panel.study.groups]
+    assert colours == ["#0072B2", "#009E73", "black"]
+    drawn = panels.curves([panel], 1)
+    lines = [line.get_ydata().tolist() for line in drawn.axes[0].lines]
+    np.testing.assert_allclose(lines, [[0, 2], [0, 0.5], [0, 1]], atol=1e-12)
+    (sentence,) = panels.sentences([panel])
+    assert "dqn: a run with batch size 8 beats one with batch size 32" in sentence
+    assert "probability 1.00 [1.00, 1.00] (2 games, 5 seeds): batch size 8 is better, beyond the noise" in sentence
+
+
+def test_too_few_runs_are_said():
+    found = [fake_curve(value, "MinAtar/Breakout", seed, [1, 5]) for value in (8, 32) for seed in range(4)]
+    panel = panels.make_panel("dqn", found, "batch_size")
+    assert panel.few
+    (sentence,) = panels.sentences([panel])
+    assert "too few runs to tell" in sentence
+
+
+def test_hours_by_hand(monkeypatch):
+    """100 and 50 steps per second with batches of 8 and 32: 10 and 20 ms a step, so 13.3 ms with 16."""
+    known = {"MinAtar": {"dqn dopamine": {"8": 100.0, "32": 50.0}}}
+    hours = {}
+    for run in runs_of("fig2.1", "minatar"):
+        hours[run.agent, dict(run.flags)["batch_size"]] = speeds.hours_of(run, known)
+    assert hours["dqn", 8] == pytest.approx(500_000 * 0.010 / 3600)
+    assert hours["dqn", 16] == pytest.approx(500_000 * 0.040 / 3 / 3600)
+    assert hours["dqn", 64] == pytest.approx(500_000 * 0.1 / 3 / 3600)
+    assert hours["qrdqn", 8] is None
+
+
+def test_the_list(capsys):
+    speeds.list_figures("minatar", trial=False)
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("fig2.1 ")]
+    assert line.split()[:3] == ["fig2.1", "400", "?"]
+    assert FIGURES["fig2.1"].asks in line
+    assert "list --trial" in lines[-1]
+
+
+@pytest.fixture
+def short_study(dqn, tmp_path, monkeypatch):
+    """Real runs of a figure on MinAtar, as the launcher names them."""
+    figure = Figure("?", "curves", ("dqn",), {"batch_size": (8, 32)}, minatar_games=("Breakout",), minatar_steps=400)
+    monkeypatch.setitem(FIGURES, "short", figure)
+    folder = Path("study")
+    plan.claim_folder(folder, "minatar", {})
+    runs = runs_of("short", "minatar")
+    monkeypatch.chdir(folder)
+    for run in runs[:7]:
+        flags = dict(run.flags) | {"learning_starts": 400, "eval_episodes": 0, "diagnostics_frequency": 0}
+        dqn.train(dqn.Args(env_id=run.env_id, seed=run.seed, exp_name=run.exp_name, cuda=False, **flags))
+    monkeypatch.chdir(tmp_path)
+    return figure, runs, folder
+
+
+def test_a_record_replaces_the_folders(short_study, tmp_path, capsys):
+    """Its scores are those of the folders, its runs are not run again, and the same figure comes out."""
+    figure, runs, folder = short_study
+    record = Record(Path("docs/record.csv"))
+    for run in runs[:7]:
+        record.add(run, folder)
+    again = Record(Path("docs/record.csv"))
+    assert [run in again for run in runs] == [True] * 7 + [False] * 3
+    with open("docs/record.csv") as file:
+        rows = list(csv.DictReader(file))
+    words = rows[0]["command"].split()
+    assert words[:2] == ["python", "agents/dqn.py"]
+    assert words[words.index("--seed") + 1] == "1"
+    assert rows[0]["commit"] == json.loads((runs[0].result(folder) / "args.json").read_text())["git_commit"]
+
+    missing = []
+    for place in (folder, tmp_path / "elsewhere"):
+        found, lacking = draw.find_runs(figure, "minatar", {}, place, again)
+        missing.append(lacking)
+        curves = [(setting, curve.seed, curve.frames.tolist(), curve.scores.tolist()) for setting, curve in found]
+        assert len(curves) == 7
+        if place == folder:
+            expected = curves
+        else:
+            for one, other in zip(curves, expected, strict=True):
+                assert one[:3] == other[:3]
+                np.testing.assert_allclose(one[3], other[3], atol=1e-4)
+    assert missing == [runs[7:]] * 2
+    draw.draw("short", figure, "minatar", {}, folder, again, Path("figures"))
+    said = capsys.readouterr().out
+    assert f"missing are 3 of 10 runs: {runs[7].name}, {runs[8].name}, {runs[9].name}" in said
+    assert Path("figures/short.png").stat().st_size > 5_000
+    assert Path("figures/short.svg").exists()
+
+
+def test_no_run_is_finished(monkeypatch, capsys):
+    status, output = call(monkeypatch, capsys, "figure", "fig2.1", "--scale", "smoke")
+    assert status == 1
+    assert "fig2.1 cannot be drawn: none of its 16 runs is finished" in output.err
+
+
+# ----------------------------------------------------------------------------------------- for real
+def experiments(*words, folder):
+    command = [sys.executable, "-m", "experiments", *words]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+
+
+@pytest.mark.long
+def test_three_figures(tmp_path):
+    """Bars, diagnostics, and offline learning from a recording: run and drawn, and nothing is run twice."""
+    names = ["fig2.2", "fig2.22", "fig2.25"]
+    done = experiments("run", *names, "--scale", "smoke", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in names:
+        assert (tmp_path / f"studies/smoke/figures/{name}.png").stat().st_size > 5_000
+    assert len(list(tmp_path.glob("studies/smoke/runs/*/finished"))) == 8 + 25
+    again = experiments("run", *names, "--scale", "smoke", folder=tmp_path)
+    assert again.returncode == 0
+    assert "finished:" not in again.stdout
+
+
+def state_of(run, folder):
+    state = torch.load(run.result(folder) / "checkpoint.pt", weights_only=True)
+    return {**state["q_network"], "observations": state["replay"]["observations"], "random": state["random"]["torch"]}
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A Slurm of one node, this machine."""
+    if os.geteuid() != 0 or not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged")):
+        pytest.skip("Slurm takes root, and Debian's slurm-wlm and munge")
+    if subprocess.run("munge -n | unmunge", shell=True, capture_output=True).returncode:
+        Path("/run/munge").mkdir(exist_ok=True)
+        subprocess.run("chown munge /run/munge; su -s /bin/sh munge -c munged", shell=True, check=True)
+    name = os.uname().nodename.split(".")[0]
+    folder = tmp_path / "slurm"
+    for part in ("state", "spool"):
+        (folder / part).mkdir(parents=True)
+    lines = f"""
+        ClusterName=test
+        SlurmctldHost={name}(127.0.0.1)
+        SlurmUser=root
+        AuthType=auth/munge
+        ProctrackType=proctrack/linuxproc
+        TaskPlugin=task/none
+        JobAcctGatherType=jobacct_gather/none
+        SelectType=select/cons_tres
+        SelectTypeParameters=CR_CPU
+        MpiDefault=none
+        StateSaveLocation={folder}/state
+        SlurmdSpoolDir={folder}/spool
+        SlurmctldPidFile={folder}/slurmctld.pid
+        SlurmdPidFile={folder}/slurmd.pid
+        SlurmctldLogFile={folder}/slurmctld.log
+        SlurmdLogFile={folder}/slurmd.log
+        SlurmctldPort=26817
+        SlurmdPort=26818
+        NodeName={name} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+        PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+    """
+    (folder / "slurm.conf").write_text(textwrap.dedent(lines))
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    daemons = [subprocess.Popen(["slurmctld", "-D"]), subprocess.Popen(["slurmd", "-D"])]
+    wait_for(lambda: "idle" in output_of("sinfo"), 60)
+    yield
+    subprocess.run(["scancel", "--user", "root"])
+    wait_for(lambda: not output_of("squeue", "--noheader"), 60)
+    for daemon in daemons:
+        daemon.terminate()
+        daemon.wait()
+
+
+def output_of(*words):
+    return subprocess.run(words, capture_output=True, text=True).stdout
+
+
+def wait_for(condition, seconds):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+@pytest.mark.long
+def test_a_cluster(cluster, tmp_path):
+    """A task is cancelled and requeued in the middle; all runs end as those of the local launcher, bit for bit."""
+    words = ["run", "small-batch", "--scale", "smoke"]
+    flags = ["--", "--total-timesteps", "1200"]
+    tasks = ["--cluster", "slurm", "--side-by-side", "2", "--memory-gb", "0", "--hours", "0.5"]
+    refused = experiments(*words, *tasks, "--partition", "nowhere", "--folder", "nowhere", folder=tmp_path)
+    assert refused.returncode == 2
+    assert "the cluster rejects the job" in refused.stderr
+    assert "invalid partition specified: nowhere" in refused.stderr
+
+    submitted = experiments(*words, *tasks, *flags, folder=tmp_path)
+    assert submitted.returncode == 0, submitted.stderr
+    (array,) = json.loads((tmp_path / "studies/smoke/slurm/arrays.json").read_text())
+    assert f"submitted as {array}" in submitted.stdout
+    busy = experiments(*words, *flags, folder=tmp_path)
+    assert busy.returncode == 2
+    assert f"scancel {array}" in busy.stderr
+
+    folder = tmp_path / "studies/smoke"
+    wait_for(lambda: list(folder.glob("runs/*/checkpoint.pt")), 120)
+    subprocess.run(["scontrol", "requeue", f"{array}_0"], check=True)
+    wait_for(lambda: "Restarts=1" in output_of("scontrol", "show", "job", f"{array}_0"), 60)
+    interrupted = [path.parent for path in folder.glob("runs/*/args.json") if not (path.parent / "finished").exists()]
+    assert interrupted
+    wait_for(lambda: "JobState=PENDING" in output_of("scontrol", "show", "job", f"{array}_0"), 60)
+    subprocess.run(["scontrol", "update", f"jobid={array}_0", "StartTime=now"], check=True)
+    wait_for(lambda: not output_of("squeue", "--noheader"), 400)
+
+    here = experiments(*words, "--folder", "here", "--threads", "1", *flags, folder=tmp_path)
+    assert here.returncode == 0, here.stderr
+    drawn = experiments("figure", "small-batch", "--scale", "smoke", *flags, folder=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "missing" not in drawn.stdout
+    for run in runs_of("small-batch", "smoke", {"total_timesteps": 1_200}):
+        states = [state_of(run, place) for place in (folder, tmp_path / "here")]
+        assert states[0].keys() == states[1].keys()
+        for name, value in states[0].items():
+            assert torch.equal(value, states[1][name]), f"{run.name}: {name}"
