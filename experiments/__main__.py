@@ -18,7 +18,7 @@ from analysis.runs import BadInput
 from experiments import draw, speeds
 from experiments.figures import FIGURES
 from experiments.local import Launcher, count_cores
-from experiments.plan import claim_folder, find_figure, make_plan, read_overrides
+from experiments.plan import check_plan, claim_folder, find_figure, make_plan, read_overrides
 from experiments.record import Record
 from experiments.slurm import Cluster, check_arrays, submit
 
@@ -53,7 +53,8 @@ class Figures(Common):
         super().__post_init__()
         if not self.names:
             raise BadInput("name a figure, or all: python -m experiments list shows them.")
-        self.names = tuple(FIGURES) if self.names == ("all",) else self.names
+        if self.names == ("all",):
+            self.names = tuple(name for name in FIGURES if self.scale != "minatar" or not FIGURES[name].atari_only)
         self.out = self.out or self.folder / "figures"
 
 
@@ -69,6 +70,7 @@ class Run(Figures):
 
 def run(args: Run, overrides: dict) -> int:
     """Run a plan here, or submit it; return the exit status."""
+    check_plan(args.names, args.scale, overrides)
     plan = make_plan(args.names, args.scale, overrides)
     if args.jobs < 1 or args.threads < 0:
         raise BadInput("--jobs must be at least 1, --threads 0 or more.")

@@ -31,7 +31,7 @@ class Figure:
     minatar_steps: int = 500_000
     minatar_games: tuple[str, ...] = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
     minatar_varied: dict[str, tuple] = field(default_factory=dict)  # values that differ there
-    atari_only: bool = False  # asks for what MinAtar has not
+    atari_only: bool = False  # asks for what MinAtar does not have
 
 
 SMALL_AND_USUAL = {"batch_size": (8, 32)}
@@ -219,6 +219,7 @@ ONLINE = {
     "exploration_steps": 100_000,
     "checkpoint_frequency": 50_000,
 }
+OFFLINE = {"target_network_frequency": 1_000, "iteration_steps": 25_000, "eval_steps": 10_000}
 MINATAR = {
     "dqn": RATE | ONLINE,
     "qrdqn": RATE | ONLINE,
@@ -227,7 +228,7 @@ MINATAR = {
     "der": RATE | SUPPORT,
     "drq_eps": RATE | {"image_pad": 1},
     "spr": RATE | SUPPORT | {"image_pad": 1},
-    "cql_offline": RATE | SUPPORT | {"target_network_frequency": 1_000, "eval_steps": 10_000},
+    "cql_offline": RATE | SUPPORT | OFFLINE,
 }
 
 # minutes for all figures together: two seeds of one game, a hundred updates

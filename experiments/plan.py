@@ -5,13 +5,14 @@ import csv
 import difflib
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 from analysis.runs import BadInput
-from analysis.scores import DATA
+from analysis.scores import DATA, short_name
 from experiments.figures import FIGURES, MINATAR, SMOKE, SMOKE_STEPS, SMOKE_STEPS_ON_ATARI, Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,15 +50,11 @@ class Run:
             words += as_words(name, value)
         return [*words, "--resume", "auto"]
 
-    def folders(self, folder: Path) -> list[Path]:
-        """The folders of this run, the newest last."""
-        pattern = f"{self.env_id.replace('/', '-')}__{self.exp_name}__{self.seed}__*/args.json"
-        return [path.parent for path in sorted((folder / "runs").glob(pattern))]
-
     def result(self, folder: Path) -> Path | None:
         """Its folder, if it is finished."""
-        finished = [path for path in self.folders(folder) if (path / "finished").exists()]
-        return finished[-1] if finished else None
+        name = f"{self.env_id.replace('/', '-')}__{self.exp_name}__{self.seed}__*"
+        finished = sorted((folder / "runs").glob(f"{name}/finished"))
+        return finished[-1].parent if finished else None
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class Export:
     def command(self, folder: Path) -> list[str]:
         rows = max(self.run.steps // 5, 100)  # five files, as cql_offline.py draws five
         script = str(ROOT / "export_dataset.py")
-        return [sys.executable, script, str(self.run.result(folder)), self.place(), "--rows", str(rows)]
+        return [sys.executable, script, str(self.run.result(folder).resolve()), self.place(), "--rows", str(rows)]
 
     def result(self, folder: Path) -> Path | None:
         marks = list((folder / self.place()).glob("export.json"))
@@ -118,7 +115,7 @@ def find_figure(name: str) -> Figure:
 
 
 def games_of(figure: Figure, scale: str) -> list[str]:
-    """The figure's games at this scale, as --env-id has them. Raises BadInput where the question has none there."""
+    """The figure's games at this scale, as --env-id has them."""
     if scale == "paper":
         names = figure.games
         if isinstance(names, str):
@@ -127,8 +124,6 @@ def games_of(figure: Figure, scale: str) -> list[str]:
         return [f"ALE/{name}-v5" for name in names]
     if scale == "smoke":
         return ["ALE/Pong-v5"] if figure.atari_only else ["MinAtar/Breakout-v1"]
-    if figure.atari_only:
-        raise BadInput("this figure asks about networks for Atari's images, which MinAtar has not: --scale paper.")
     return [f"MinAtar/{name}-v1" for name in figure.minatar_games]
 
 
@@ -164,24 +159,27 @@ def settings_of(figure: Figure, scale: str) -> list[dict]:
 
 
 def make_run(figure: Figure, setting: dict, env_id: str, seed: int, scale: str, overrides: dict) -> Run:
+    """A run is named after what is not usual in it, so that it is the same one in every figure."""
     agent = setting["agent"]
     known = defaults_of(agent)
     usual = {name: value for name, value in base_flags(figure, agent, scale).items() if name in known}
     chosen = {name: value for name, value in setting.items() if name not in ("agent", "variant")}
-    flags = usual | figure.flags | figure.variants.get(setting.get("variant"), {}) | chosen | overrides
-    told = {name for name in flags if flags[name] != (known | usual)[name] and name != "dataset_dir"}
+    variant = figure.variants.get(setting.get("variant"), {})
+    flags = known | usual | figure.flags | variant | chosen | overrides
+
+    told = {name for name in flags if flags[name] != (known | usual)[name]}
     told |= {"batch_size", "total_timesteps"}
-    exp_name = ",".join([agent, *(f"{name}={(known | flags)[name]}" for name in sorted(told))])
-    flags = {name: value for name, value in flags.items() if value != known[name] or name in told}
+    exp_name = ",".join([agent, *(f"{name}={flags[name]}" for name in sorted(told - {"dataset_dir"}))])
+    given = {name: value for name, value in flags.items() if value != known[name] or name in told}
+
     needs = ()
-    if agent == "cql_offline" and "dataset_dir" not in flags and scale != "paper":
-        recording = make_recording(env_id, flags["total_timesteps"], scale)
-        needs = (Export(recording),)
-        flags["dataset_dir"] = needs[0].place()
-    if "dataset_dir" in flags:
-        game = env_id.removeprefix("ALE/").removesuffix("-v5")
-        flags["dataset_dir"] = str(flags["dataset_dir"]).replace("{game}", game)
-    return Run(agent, env_id, seed, tuple(sorted(flags.items())), exp_name, needs)
+    if agent == "cql_offline" and scale != "paper" and "dataset_dir" not in overrides:
+        export = Export(make_recording(env_id, flags["total_timesteps"], scale))
+        needs = (export,)
+        given["dataset_dir"] = export.place()
+    if "dataset_dir" in given:
+        given["dataset_dir"] = given["dataset_dir"].replace("{game}", short_name(env_id))
+    return Run(agent, env_id, seed, tuple(sorted(given.items())), exp_name, needs)
 
 
 def make_recording(env_id: str, steps: int, scale: str) -> Run:
@@ -192,24 +190,30 @@ def make_recording(env_id: str, steps: int, scale: str) -> Run:
     return Run("dqn", env_id, 1, tuple(sorted(flags.items())), "dqn,recorded")
 
 
-def make_plan(names, scale: str, overrides: dict, strict: bool = True) -> list[Run | Export]:
-    """All that the figures need, once each; the first seed of everything before the second.
-
-    Raises BadInput if something cannot be run; not `strict`, it is left out.
-    """
+def make_plan(names: Iterable[str], scale: str, overrides: dict) -> list[Run | Export]:
+    """All that the figures need, once each; the first seed of everything before the second."""
     found = {}
     for name in names:
         figure = find_figure(name)
-        if not strict and figure.atari_only and scale == "minatar":
-            continue
         for seed in seeds_of(figure, scale):
             for env_id, setting in product(games_of(figure, scale), settings_of(figure, scale)):
-                check_overrides(setting["agent"], overrides)
                 run = make_run(figure, setting, env_id, seed, scale, overrides)
                 for export in run.needs:
                     found |= {export.run: 0, export: 0}
                 found[run] = seed
     return sorted(found, key=found.get)
+
+
+def check_plan(names: Iterable[str], scale: str, overrides: dict):
+    """Raise BadInput if figures cannot be asked at this scale, or agents have no such flags."""
+    for name in names:
+        figure = find_figure(name)
+        if figure.atari_only and scale == "minatar":
+            raise BadInput(f"{name} asks about networks for Atari's images, which MinAtar has not: --scale paper.")
+        if "cql_offline" in figure.agents and scale == "paper" and "dataset_dir" not in overrides:
+            raise BadInput(f"{name} needs the DQN Replay Dataset: -- --dataset-dir '/data/{{game}}/1/replay_logs'.")
+        for agent in figure.agents:
+            check_overrides(agent, overrides)
 
 
 def check_overrides(agent: str, overrides: dict):

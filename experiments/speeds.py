@@ -17,7 +17,10 @@ GAMES = {"ALE": "ALE/Pong-v5", "MinAtar": "MinAtar/Breakout-v1"}
 def list_figures(scale: str, trial: bool):
     """Print a table of the figures."""
     known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
-    plans = {name: make_plan([name], scale, {}, strict=False) for name in FIGURES}
+    plans = {}
+    for name, figure in FIGURES.items():
+        possible = scale != "minatar" or not figure.atari_only
+        plans[name] = make_plan([name], scale, {}) if possible else []
     if trial:
         for plan in plans.values():
             for item in plan:
