@@ -16,8 +16,8 @@ from analysis.results import compute
 from analysis.runs import BadInput
 from analysis.scores import Group, Run, Study, make_study
 
-COLOURS = {8: "#0072B2", 16: "#009E73", 32: "black", 64: "#D55E00"}  # of batch sizes
-OTHERS = ["black", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00"]  # of other values, in their order
+COLOURS = {8: "#0072B2", 16: "#D55E00", 32: "black", 64: "#009E73"}  # of batch sizes, as in analysis.figures
+OTHERS = ["black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # of other values, in their order
 USUAL = 32  # the batch size that others are compared with
 RESAMPLES = 2_000
 
@@ -73,7 +73,8 @@ def legend(drawn, axes):
 
 def curves(panels: list[Panel], columns: int, time: bool = False) -> Figure:
     """IQM of all games against frames, or hours."""
-    drawn, axes = grid(len(panels), columns, 2.5, 2.4, same_scale=True)
+    units = {panel.study.unit for panel in panels}
+    drawn, axes = grid(len(panels), columns, 2.5, 2.4, same_scale=len(units) == 1)
     rng = np.random.default_rng(0)
     for panel, place in zip(panels, axes, strict=False):
         study = panel.study
@@ -87,10 +88,12 @@ def curves(panels: list[Panel], columns: int, time: bool = False) -> Figure:
             colour = panel.colour(group)
             place.plot(across, found.point, color=colour, label=group.label)
             place.fill_between(across, found.low, found.high, color=colour, alpha=0.2, linewidth=0)
+        if place is axes[0] or len(units) > 1:
+            place.set_ylabel(f"IQM of the {study.unit}", fontsize=7)
         place.set_title(panel.title, fontsize=9)
         place.set_xlabel("wall-clock time (hours)" if time else unit, fontsize=7)
         place.tick_params(labelsize=7)
-    axes[0].set_ylabel(f"IQM of the {study.unit}", fontsize=7)
+    drawn.supxlabel("bands: 95% stratified bootstrap intervals")
     legend(drawn, axes[0])
     return drawn
 
@@ -116,6 +119,7 @@ def games(panels: list[Panel], columns: int) -> Figure:
         place.tick_params(labelsize=6)
     axes[0].set_ylabel("return", fontsize=7)
     axes[0].set_xlabel(unit, fontsize=6)
+    drawn.supxlabel("lines: mean of the seeds, bands: smallest to largest")
     legend(drawn, axes[0])
     return drawn
 

@@ -59,8 +59,8 @@ def draw(name: str, asked: Figure, scale: str, overrides: dict, folder: Path, re
         drawn = getattr(panels, asked.draw)(made, columns)
         few = f" (fewer than {statistics.ENOUGH_RUNS}: too few to tell)" if any(panel.few for panel in made) else ""
         caption = f"{name}: {len(found):,} of {planned:,} runs, {made[0].study.seeds} a game{few}"
-        caption += "; bands: 95% stratified bootstrap intervals"
-        drawn.supxlabel(textwrap.fill(caption, int(16 * drawn.get_figwidth())), fontsize=7, color="0.35")
+        caption = textwrap.fill(f"{caption}; {drawn.get_supxlabel()}", int(16 * drawn.get_figwidth()))
+        drawn.supxlabel(caption, fontsize=7, color="0.35")
         out.mkdir(parents=True, exist_ok=True)
         for kind, facts in (("png", {}), ("svg", {"metadata": {"Date": None}})):
             drawn.savefig(out / f"{name}.{kind}", **facts)

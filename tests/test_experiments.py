@@ -372,7 +372,7 @@ def test_a_panel_by_hand():
     assert panel.reference.key == (32,)
     assert not panel.few
     colours = [panel.colour(group) for group in panel.study.groups]
-    assert colours == ["#0072B2", "#009E73", "black"]
+    assert colours == ["#0072B2", "#D55E00", "black"]
     drawn = panels.curves([panel], 1)
     lines = [line.get_ydata().tolist() for line in drawn.axes[0].lines]
     np.testing.assert_allclose(lines, [[0, 2], [0, 0.5], [0, 1]], atol=1e-12)
