@@ -29,6 +29,7 @@ class Panel:
     title: str
     study: Study
     reference: Group  # batch size 32, or the first value
+    values: list  # of the line, whether or not there are runs of each yet
 
     @property
     def few(self) -> bool:
@@ -39,21 +40,25 @@ class Panel:
         (value,) = group.key
         if self.study.by == ["batch_size"] and value in COLOURS:
             return COLOURS[value]
-        return OTHERS[self.study.groups.index(group) % len(OTHERS)]
+        return OTHERS[self.values.index(value) % len(OTHERS)]
 
 
-def make_panel(title: str, curves: list[Run], line: str) -> Panel:
-    """Scores are human-normalised on Atari; on MinAtar 1 is what the reference scores in the end, 0 random play."""
-    values = sorted({curve.settings[line] for curve in curves})
+def make_panel(title: str, curves: list[Run], line: str, values: list) -> Panel:
+    """Scores are human-normalised on Atari; on MinAtar 1 is what the reference scores in the end, 0 random play.
+
+    Raises BadInput if there is no run of the reference, or no game that all have.
+    """
     usual = USUAL if line == "batch_size" and USUAL in values else values[0]
     label = f"{line.replace('_', ' ')} {usual}"
+    if all(curve.settings[line] != usual for curve in curves):
+        raise BadInput(f"no run with {label}, which others are compared with, is finished.")
     minatar = curves[0].game.startswith("MinAtar/")
     try:
         study = make_study(curves, [line], f"baseline:{label}" if minatar else "human")
     except BadInput:  # no better than random play
         study = make_study(curves, [line], "none")
     (reference,) = [group for group in study.groups if group.key == (usual,)]
-    return Panel(title, study, reference)
+    return Panel(title, study, reference, values)
 
 
 def grid(count: int, columns: int, width: float, height: float, same_scale: bool = False):
@@ -67,8 +72,12 @@ def grid(count: int, columns: int, width: float, height: float, same_scale: bool
 
 
 def legend(drawn, axes):
-    handles, labels = axes.get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+    """One legend for all panels."""
+    named = {}
+    for place in axes:
+        handles, labels = place.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    drawn.legend(named.values(), named.keys(), loc="outside upper center", ncols=len(named), fontsize=8)
 
 
 def curves(panels: list[Panel], columns: int, time: bool = False) -> Figure:
@@ -83,7 +92,9 @@ def curves(panels: list[Panel], columns: int, time: bool = False) -> Figure:
             strata = [group.normalised[game] for game in study.scored]
             found = statistics.estimate(strata, rng, ["iqm"], RESAMPLES)["iqm"]
             across = study.frames / scale
-            if time and group.hours:
+            if time:
+                if group.hours is None:
+                    raise BadInput(f"the hours of {panel.title}, {group.label}, are not known: a record has none.")
                 across = np.concatenate([group.hours[game] for game in study.scored]).mean(axis=0)
             colour = panel.colour(group)
             place.plot(across, found.point, color=colour, label=group.label)
@@ -94,7 +105,7 @@ def curves(panels: list[Panel], columns: int, time: bool = False) -> Figure:
         place.set_xlabel("wall-clock time (hours)" if time else unit, fontsize=7)
         place.tick_params(labelsize=7)
     drawn.supxlabel("bands: 95% stratified bootstrap intervals")
-    legend(drawn, axes[0])
+    legend(drawn, axes)
     return drawn
 
 
@@ -120,7 +131,7 @@ def games(panels: list[Panel], columns: int) -> Figure:
     axes[0].set_ylabel("return", fontsize=7)
     axes[0].set_xlabel(unit, fontsize=6)
     drawn.supxlabel("lines: mean of the seeds, bands: smallest to largest")
-    legend(drawn, axes[0])
+    legend(drawn, axes)
     return drawn
 
 
@@ -128,6 +139,8 @@ def gains(panels: list[Panel], columns: int) -> Figure:
     """Bars of what the smallest value gains over the reference in every game."""
     (panel,) = panels
     results = compute(panel.study, panel.reference.label, RESAMPLES, np.random.default_rng(0))
+    if not results.others:
+        raise BadInput(f"there is nothing to compare with {panel.reference.label} yet.")
     return figures.gains(results, results.others[0])
 
 
@@ -138,11 +151,11 @@ def diagnostics(panels: list[Panel], columns: int) -> Figure:
 
 
 def sentences(panels: list[Panel]) -> Iterator[str]:
-    """What the figure says of the smallest value beside the reference: a sentence for each panel."""
+    """What the figure says of the smallest value, or else the largest, beside the reference: a sentence each."""
     rng = np.random.default_rng(0)
     for panel in panels:
         study, usual = panel.study, panel.reference
-        other = study.groups[0]
+        other = study.groups[0] if study.groups[0] is not usual else study.groups[-1]
         if other is usual:
             continue
         found = statistics.probability_of_improvement(other.strata(study.scored), usual.strata(study.scored), rng)

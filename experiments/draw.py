@@ -1,7 +1,6 @@
 """Draw a figure from the runs that are there, and say which are missing."""
 
 import textwrap
-from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -9,8 +8,8 @@ import matplotlib
 from analysis import figures, panels, statistics
 from analysis.runs import BadInput
 from experiments.figures import Figure
-from experiments.plan import Run, games_of, make_run, seeds_of, settings_of, values_of
-from experiments.record import Record, curve_of
+from experiments.plan import Run, runs_of, values_of
+from experiments.record import POINTS, Record, curve_of
 
 PLAIN = ("agent", "variant", "network", "algorithm")  # values that speak for themselves
 
@@ -18,21 +17,20 @@ PLAIN = ("agent", "variant", "network", "algorithm")  # values that speak for th
 def find_runs(figure: Figure, scale: str, overrides: dict, folder: Path, record: Record) -> tuple[list, list[Run]]:
     """The finished runs of a figure, as (setting, curve), and the runs that are missing."""
     found, missing = [], []
-    for seed in seeds_of(figure, scale):
-        for game, setting in product(games_of(figure, scale), settings_of(figure, scale)):
-            run = make_run(figure, setting, game, seed, scale, overrides)
-            result = run.result(folder)
-            if result:
-                found.append((setting, curve_of(run, result, folder / "cache")))
-            elif run in record:
-                found.append((setting, record.curve(run)))
-            else:
-                missing.append(run)
+    for setting, run in runs_of(figure, scale, overrides):
+        result = run.result(folder)
+        if result:
+            steps = min(run.steps // POINTS, 250_000)  # the study's iteration, or less of a short run
+            found.append((setting, curve_of(run, result, steps, folder / "cache")))
+        elif run in record:
+            found.append((setting, record.curve(run)))
+        else:
+            missing.append(run)
     return found, missing
 
 
-def make_panels(figure: Figure, found: list) -> list[panels.Panel]:
-    """Raises BadInput where nothing can be drawn yet."""
+def make_panels(figure: Figure, found: list, values: dict[str, tuple]) -> list[panels.Panel]:
+    """The panels that can be drawn; says why others cannot."""
     together: dict[tuple, list] = {}
     for setting, curve in found:
         key = tuple(setting[name] for name in figure.panels)
@@ -43,7 +41,11 @@ def make_panels(figure: Figure, found: list) -> list[panels.Panel]:
         words = []
         for name, value in zip(figure.panels, key, strict=True):
             words.append(str(value) if name in PLAIN else f"{name.replace('_', ' ')} {value}")
-        made.append(panels.make_panel(", ".join(words), curves, figure.line))
+        title = ", ".join(words)
+        try:
+            made.append(panels.make_panel(title, curves, figure.line, list(values[figure.line])))
+        except BadInput as error:
+            print(f"  {title} is left out: {error}")
     return made
 
 
@@ -53,12 +55,19 @@ def draw(name: str, asked: Figure, scale: str, overrides: dict, folder: Path, re
     planned = len(found) + len(missing)
     if not found:
         raise BadInput(f"none of its {planned:,} runs is finished.")
-    made = make_panels(asked, found)
-    columns = min(len(values_of(asked, scale).get(asked.panels[-1], [0])), 4)
+    values = values_of(asked, scale)
+    made = make_panels(asked, found, values)
+    if not made:
+        raise BadInput(f"{len(found):,} of its {planned:,} runs are finished, too few for a comparison.")
+    columns = min(len(values[asked.panels[-1]]), 4)
     with matplotlib.rc_context(figures.STYLE):
         drawn = getattr(panels, asked.draw)(made, columns)
-        few = f" (fewer than {statistics.ENOUGH_RUNS}: too few to tell)" if any(panel.few for panel in made) else ""
-        caption = f"{name}: {len(found):,} of {planned:,} runs, {made[0].study.seeds} a game{few}"
+        few = (
+            f", fewer than {statistics.ENOUGH_RUNS} of a game, too few to tell"
+            if any(panel.few for panel in made)
+            else ""
+        )
+        caption = f"{name}: {len(found):,} of {planned:,} runs{few}"
         caption = textwrap.fill(f"{caption}; {drawn.get_supxlabel()}", int(16 * drawn.get_figwidth()))
         drawn.supxlabel(caption, fontsize=7, color="0.35")
         out.mkdir(parents=True, exist_ok=True)

@@ -19,19 +19,20 @@ from experiments.plan import Export, Run
 from experiments.record import Record
 
 ATTEMPTS = 2
-PROGRESS = re.compile(r"(\d+)/\d+ \[(?:.*?return (-?[\d.]+|nan))?")  # tqdm's line in a run's log
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # the last is Slurm's, before a limit of time
+# tqdm's line in a run's log: 500/1000 [00:10<00:10, 50.0 steps/s, return 1.5, epsilon 0.1], or 2.0s/ steps
+PROGRESS = re.compile(r"(\d+)/\d+ \[[^,]*, *(?:([\d.]+) steps/s|([\d.]+)s/ steps)(?:, return (-?[\d.]+|nan))?")
 
 
 class Job:
     """A run that is going on in a process of its own."""
 
-    def __init__(self, item: Run | Export, folder: Path, environment: dict, lock: int):
+    def __init__(self, item: Run | Export, folder: Path, environment: dict, lock: int | None):
         self.item = item
         self.log = log_of(item, folder)
         self.log.parent.mkdir(exist_ok=True)
         self.began = time.monotonic()
-        with open(self.log, "w") as log:
-            # in a session of its own, so that Ctrl-C reaches it from here alone; the lock is held while it lives
+        with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 item.command(folder),
                 cwd=folder,
@@ -39,19 +40,18 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=[lock],
+                start_new_session=True,  # so that Ctrl-C reaches it from here alone
+                pass_fds=[lock] if lock else [],  # which it holds as long as it lives
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # that is for the task
             )
 
-    def progress(self) -> tuple[int, str]:
-        """The step it has reached and the last return, as far as its log has them."""
-        found = PROGRESS.findall(self.log.read_text(errors="replace")) or [("0", "")]
-        return int(found[-1][0]), found[-1][1]
-
-    def speed(self) -> float:
-        """Agent steps per second since this start; 0 as long as it is not known."""
-        found = PROGRESS.findall(self.log.read_text(errors="replace")) or [("0", "")]
-        return (int(found[-1][0]) - int(found[0][0])) / (time.monotonic() - self.began)
+    def progress(self) -> tuple[int, float, str]:
+        """Its step, its steps per second and its last return, as its log had them last; 0, 0 and "" before."""
+        found = PROGRESS.findall(self.log.read_text(errors="replace"))
+        if not found:
+            return 0, 0.0, ""
+        step, speed, seconds, last_return = found[-1]
+        return int(step), float(speed) if speed else 1 / float(seconds), last_return
 
     def kill(self, number: int):
         if self.process.poll() is None:
@@ -65,66 +65,93 @@ def log_of(item: Run | Export, folder: Path) -> Path:
 class Launcher:
     """Works through a plan, `jobs` processes at a time."""
 
-    def __init__(self, plan: list[Run | Export], folder: Path, jobs: int, threads: int, record: Record):
+    def __init__(
+        self,
+        plan: list[Run | Export],
+        folder: Path,
+        jobs: int,
+        threads: int,  # of each process
+        record: Record,
+        lock: int | None = None,  # of the folder
+        keep_checkpoints: bool = False,  # of finished runs
+    ):
         self.folder = folder
         self.jobs = jobs
+        self.threads = threads
         self.record = record
-        self.lock = take_lock(folder)
-        self.done = [item for item in plan if item.result(folder) or item in record]
-        self.waiting = [item for item in plan if item not in self.done]
-        self.going: dict[int, Job] = {}  # by place
+        self.lock = lock
+        self.keep_checkpoints = keep_checkpoints
+        self.done: list[Run | Export] = []
+        self.waiting: list[Run | Export] = []
+        self.going: dict[int, Job] = {}  # by slot
         self.failed: list[Run | Export] = []
         self.attempts: Counter = Counter()
-        self.stopped_by: list[int] = []
         self.speeds: dict = defaultdict(list)  # steps per second of finished runs, by their kind
-        self.threads = threads or max(1, count_cores() // jobs)
+        self.stopped_by: list[int] = []
         self.gpus = list_gpus()
+        for item in plan:
+            if item.result(folder):
+                self.finish(item)
+            elif item in record:
+                self.done.append(item)
+            else:
+                self.waiting.append(item)
 
     def run(self) -> int:
         """Return the exit status: 0 if all is finished, 1 if some failed, 128 + a signal if it was stopped by one."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+        handlers = [signal.signal(number, lambda number, _: self.stopped_by.append(number)) for number in SIGNALS]
         display = Display(self)
+        told = 0  # signals that the runs have been told of
         try:
             while self.going or (self.next_item() and not self.stopped_by):
-                for place in range(self.jobs):
-                    if place not in self.going and not self.stopped_by and self.next_item():
-                        self.start(place)
-                for place, job in list(self.going.items()):
+                for slot in range(self.jobs):
+                    if slot not in self.going and self.next_item() and not self.stopped_by:
+                        self.start(slot)
+                if told < len(self.stopped_by):
+                    told = len(self.stopped_by)
+                    self.stop()
+                for slot, job in list(self.going.items()):
                     if job.process.poll() is not None:
-                        del self.going[place]
+                        del self.going[slot]
                         display.say(self.ended(job))
                 display.show()
                 time.sleep(0.2)
         finally:
             for job in self.going.values():
                 job.kill(signal.SIGTERM)
-            display.close()
+        display.close()
+        for number, handler in zip(SIGNALS, handlers, strict=True):
+            signal.signal(number, handler)
         return self.report()
 
     def next_item(self) -> Run | Export | None:
-        """The first that waits for nothing but a place."""
+        """The first that waits for nothing but a slot."""
         for item in self.waiting:
             if all(needed.result(self.folder) for needed in item.needs):
                 return item
         return None
 
-    def start(self, place: int):
+    def start(self, slot: int):
         item = self.next_item()
         self.waiting.remove(item)
         self.attempts[item] += 1
         environment = {"OMP_NUM_THREADS": str(self.threads)}
         if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
-        self.going[place] = Job(item, self.folder, environment, self.lock)
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        self.going[slot] = Job(item, self.folder, environment, self.lock)
+
+    def stop(self):
+        """Let every run end with a checkpoint; after a second Ctrl-C, at once."""
+        at_once = self.stopped_by.count(signal.SIGINT) > 1
+        for job in self.going.values():
+            job.kill(signal.SIGKILL if at_once else signal.SIGTERM)
 
     def ended(self, job: Job) -> str:
         """Note that a run is finished, or has to be tried once more, or has failed; say so."""
         item = job.item
         if item.result(self.folder):
-            self.done.append(item)
-            self.speeds[item.kind].append(job.speed())
-            self.record.add(item, self.folder)
+            self.speeds[item.kind].append(job.progress()[1])
+            self.finish(item)
             return f"finished: {item.name}, in {timedelta(seconds=int(time.monotonic() - job.began))}"
         if self.stopped_by:
             self.waiting.append(item)
@@ -135,11 +162,17 @@ class Launcher:
         self.failed.append(item)
         return f"failed: {item.name}"
 
-    def stop(self, number: int, _frame):
-        """Let every run end with a checkpoint; a second Ctrl-C ends them at once."""
-        for job in self.going.values():
-            job.kill(signal.SIGKILL if self.stopped_by else signal.SIGTERM)
-        self.stopped_by.append(number)
+    def finish(self, item: Run | Export):
+        """Record a run, and remove its checkpoint, which has the whole replay."""
+        self.done.append(item)
+        if isinstance(item, Run) and not item.is_recording:
+            if item not in self.record:
+                try:
+                    self.record.add(item, self.folder)
+                except BadInput as error:  # its log is broken
+                    tqdm.write(f"warning: not recorded: {error}")
+            if not self.keep_checkpoints:
+                (item.result(self.folder) / "checkpoint.pt").unlink(missing_ok=True)
 
     def report(self) -> int:
         """Say what is not finished, and why; return the exit status."""
@@ -151,25 +184,29 @@ class Launcher:
             lines = log.read_text(errors="replace").splitlines()[-5:]
             print(f"failed: {item.name}; {log} ends with:", *lines, sep="\n  ", file=sys.stderr)
         for item in self.waiting:
-            print(f"not started, as what it needs has failed: {item.name}", file=sys.stderr)
-        return 1 if self.failed else 0
+            print(f"not started, as what it needs is not there: {item.name}", file=sys.stderr)
+        return 1 if self.failed or self.waiting else 0
 
     def seconds_left(self) -> float | None:
         """How long all that is not finished will take; None as long as no run has told its speed."""
-        speeds = {kind: list(known) for kind, known in self.speeds.items()}
+        speeds = {kind: [speed for speed in known if speed > 0] for kind, known in self.speeds.items()}
+        ahead = [(item.kind, item.steps) for item in self.waiting]
+        going = []
         for job in self.going.values():
-            if job.speed() > 0:
-                speeds.setdefault(job.item.kind, []).append(job.speed())
-        every = [speed for known in speeds.values() for speed in known if speed > 0]
+            step, speed, _ = job.progress()
+            going.append((job.item.kind, job.item.steps - step))
+            if speed > 0:
+                speeds.setdefault(job.item.kind, []).append(speed)
+        every = [speed for known in speeds.values() for speed in known]
         if not every:
             return None
-        steps_left = [(item.kind, item.steps) for item in self.waiting]
-        steps_left += [(job.item.kind, job.item.steps - job.progress()[0]) for job in self.going.values()]
-        seconds = 0.0
-        for kind, steps in steps_left:
-            known = [speed for speed in speeds.get(kind, []) if speed > 0] or every
-            seconds += sum(steps / speed for speed in known) / len(known)
-        return seconds / self.jobs
+
+        def seconds(kind: tuple, steps: int) -> float:
+            known = speeds.get(kind) or every
+            return sum(steps / speed for speed in known) / len(known)
+
+        longest = max((seconds(*each) for each in going), default=0.0)
+        return max(longest, sum(seconds(*each) for each in ahead + going) / self.jobs)
 
 
 class Display:
@@ -184,8 +221,8 @@ class Display:
         self.next_at = 0.0
         self.bars = []
         if self.terminal:
-            for place in range(launcher.jobs + 1):
-                self.bars.append(tqdm(bar_format="{desc}", position=place, leave=place == 0))
+            for number in range(launcher.jobs + 1):
+                self.bars.append(tqdm(bar_format="{desc}", position=number, leave=number == 0))
 
     def show(self):
         if time.monotonic() < self.next_at:
@@ -206,14 +243,14 @@ class Display:
         counts = f"{len(launcher.done)} done, {len(launcher.going)} going on, {len(launcher.waiting)} to come"
         failed = f", {len(launcher.failed)} failed" if launcher.failed else ""
         lines = [f"runs: {counts}{failed}; {left}"]
-        for place in range(launcher.jobs):
-            job = launcher.going.get(place)
+        for slot in range(launcher.jobs):
+            job = launcher.going.get(slot)
             lines.append(self.line(job) if job else "")
         return lines
 
     def line(self, job: Job) -> str:
-        step, last_return = job.progress()
-        told = f"{step:,} of {job.item.steps:,} steps, {job.speed():,.0f} steps/s, return {last_return or '-'}"
+        step, speed, last_return = job.progress()
+        told = f"{step:,} of {job.item.steps:,} steps, {speed:,.1f} steps/s, return {last_return or '-'}"
         return f"  {job.item.name}: {told}"
 
     def say(self, text: str):

@@ -5,7 +5,7 @@ import csv
 import difflib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -26,8 +26,9 @@ class Run:
     env_id: str
     seed: int
     flags: tuple[tuple[str, object], ...]  # sorted; all but --env-id, --seed and --exp-name
-    exp_name: str  # agent and what is special, by which runs are told apart
+    exp_name: str  # agent and what is not usual in it
     needs: tuple = ()  # what must be finished before
+    is_recording: bool = False  # its replay becomes a dataset
 
     @property
     def name(self) -> str:
@@ -51,10 +52,13 @@ class Run:
         return [*words, "--resume", "auto"]
 
     def result(self, folder: Path) -> Path | None:
-        """Its folder, if it is finished."""
+        """Its folder, if it is finished, and was run with these flags."""
         name = f"{self.env_id.replace('/', '-')}__{self.exp_name}__{self.seed}__*"
-        finished = sorted((folder / "runs").glob(f"{name}/finished"))
-        return finished[-1].parent if finished else None
+        for mark in sorted((folder / "runs").glob(f"{name}/finished"), reverse=True):
+            args = json.loads((mark.parent / "args.json").read_text())["args"]
+            if args == args | dict(self.flags):
+                return mark.parent
+        return None
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,15 @@ class Export:
         return f"datasets/{self.run.env_id.replace('/', '-')}"
 
     def command(self, folder: Path) -> list[str]:
-        rows = max(self.run.steps // 5, 100)  # five files, as cql_offline.py draws five
+        rows = self.run.steps * 2 // 9  # five files, as cql_offline.py draws five; games are padded by up to a tenth
         script = str(ROOT / "export_dataset.py")
         return [sys.executable, script, str(self.run.result(folder).resolve()), self.place(), "--rows", str(rows)]
 
     def result(self, folder: Path) -> Path | None:
-        marks = list((folder / self.place()).glob("export.json"))
-        return marks[0].parent if marks else None
+        mark = folder / self.place() / "export.json"
+        if not mark.exists() or json.loads(mark.read_text())["steps"] < self.run.steps:
+            return None
+        return mark.parent
 
 
 def as_words(name: str, value) -> list[str]:
@@ -152,12 +158,6 @@ def base_flags(figure: Figure, agent: str, scale: str) -> dict:
     return MINATAR[agent] | SMOKE | {"total_timesteps": steps, "iteration_steps": SMOKE_STEPS // 2}
 
 
-def settings_of(figure: Figure, scale: str) -> list[dict]:
-    """Every combination of the values that vary: {flag: value}, with "agent" and "variant" where they vary."""
-    values = values_of(figure, scale)
-    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
-
-
 def make_run(figure: Figure, setting: dict, env_id: str, seed: int, scale: str, overrides: dict) -> Run:
     """A run is named after what is not usual in it, so that it is the same one in every figure."""
     agent = setting["agent"]
@@ -187,48 +187,52 @@ def make_recording(env_id: str, steps: int, scale: str) -> Run:
     small = SMOKE if scale == "smoke" else {}
     flags = MINATAR["dqn"] | {name: value for name, value in small.items() if name in defaults_of("dqn")}
     flags |= {"total_timesteps": 2 * steps, "buffer_size": 2 * steps}
-    return Run("dqn", env_id, 1, tuple(sorted(flags.items())), "dqn,recorded")
+    return Run("dqn", env_id, 1, tuple(sorted(flags.items())), "dqn,recorded", is_recording=True)
+
+
+def runs_of(figure: Figure, scale: str, overrides: dict) -> Iterator[tuple[dict, Run]]:
+    """Every run of a figure with its setting, {flag: value}; the first seed of everything before the second."""
+    values = values_of(figure, scale)
+    settings = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+    for seed, env_id, setting in product(seeds_of(figure, scale), games_of(figure, scale), settings):
+        yield setting, make_run(figure, setting, env_id, seed, scale, overrides)
 
 
 def make_plan(names: Iterable[str], scale: str, overrides: dict) -> list[Run | Export]:
     """All that the figures need, once each; the first seed of everything before the second."""
-    found = {}
+    order = {}
     for name in names:
-        figure = find_figure(name)
-        for seed in seeds_of(figure, scale):
-            for env_id, setting in product(games_of(figure, scale), settings_of(figure, scale)):
-                run = make_run(figure, setting, env_id, seed, scale, overrides)
-                for export in run.needs:
-                    found |= {export.run: 0, export: 0}
-                found[run] = seed
-    return sorted(found, key=found.get)
+        for _, run in runs_of(find_figure(name), scale, overrides):
+            for export in run.needs:
+                order |= {export.run: 0, export: 0}
+            order[run] = run.seed
+    return sorted(order, key=order.get)
 
 
 def check_plan(names: Iterable[str], scale: str, overrides: dict):
-    """Raise BadInput if figures cannot be asked at this scale, or agents have no such flags."""
+    """Raise BadInput if figures cannot be asked at this scale, or with these flags."""
     for name in names:
         figure = find_figure(name)
         if figure.atari_only and scale == "minatar":
             raise BadInput(f"{name} asks about networks for Atari's images, which MinAtar has not: --scale paper.")
         if "cql_offline" in figure.agents and scale == "paper" and "dataset_dir" not in overrides:
             raise BadInput(f"{name} needs the DQN Replay Dataset: -- --dataset-dir '/data/{{game}}/1/replay_logs'.")
-        for agent in figure.agents:
-            check_overrides(agent, overrides)
-
-
-def check_overrides(agent: str, overrides: dict):
-    """Raise BadInput if the agent has no such flag."""
-    for name in overrides:
-        if name not in defaults_of(agent):
-            near = difflib.get_close_matches(name, defaults_of(agent), 1)
-            near = f": --{near[0].replace('_', '-')}?" if near else "."
-            raise BadInput(f"{agent} has no flag --{name.replace('_', '-')}{near}")
+        varied = {"env_id", "seed", "exp_name", "resume", *figure.varied, *figure.flags}
+        varied.update(*figure.variants.values())
+        for flag, agent in product(overrides, figure.agents):
+            shown = f"--{flag.replace('_', '-')}"
+            if flag in varied:
+                raise BadInput(f"{shown} is the figure's own: {name} cannot be asked with another.")
+            if flag not in defaults_of(agent):
+                near = difflib.get_close_matches(flag, defaults_of(agent), 1)
+                near = f": --{near[0].replace('_', '-')}?" if near else "."
+                raise BadInput(f"{agent} has no flag {shown}{near}")
 
 
 def read_overrides(words: list[str]) -> dict:
     """--learning-rate 1e-3 --no-cuda -> {"learning_rate": 0.001, "cuda": False}. Raises BadInput for anything else."""
     found = {}
-    words = [part for word in words for part in word.split("=", 1)]
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     while words:
         word = words.pop(0)
         if not word.startswith("--"):

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,7 +149,8 @@ name = f"{flags['--env-id'].replace('/', '-')}__{flags['--exp-name']}__{flags['-
 folder = pathlib.Path("runs", name)
 folder.mkdir(parents=True, exist_ok=True)
 checkpoint = folder / "checkpoint.pt"
-record = {"agent": "dqn", "args": {}, "git_commit": "abc"}
+args = {name[2:].replace("-", "_"): int(value) if value.isdigit() else value for name, value in flags.items()}
+record = {"agent": "dqn", "args": args, "git_commit": "abc"}
 (folder / "args.json").write_text(json.dumps(record))
 step = int(checkpoint.read_text()) if checkpoint.exists() else 0
 with open("starts", "a") as file:
@@ -164,7 +166,7 @@ if flags.get("--network") == "ill" and flags["--seed"] == "1":
 total = int(flags["--total-timesteps"])
 while step < total:
     step += 1
-    print(f"1% {step}/{total} [00:00<00:00, 1 steps/s, return {step / 2}, epsilon 0]", flush=True)
+    print(f"1% {step}/{total} [00:00<00:00, 10.0 steps/s, return {step / 2}, epsilon 0]", flush=True)
     time.sleep(float(os.environ.get("PACE", 0)))
 (folder / "finished").touch()
 '''
@@ -183,14 +185,15 @@ def pretence(tmp_path, monkeypatch):
     plan.defaults_of.cache_clear()
 
 
-def launch(folder="study", jobs=2, threads=0, **overrides):
+def launch(folder="study", jobs=2, threads=1, **overrides):
     folder = Path(folder)
     plan.claim_folder(folder, "paper", overrides)
-    launcher = local.Launcher(plan.make_plan(["tiny"], "paper", overrides), folder, jobs, threads, Record(None))
+    lock = local.take_lock(folder)
+    launcher = local.Launcher(plan.make_plan(["tiny"], "paper", overrides), folder, jobs, threads, Record(None), lock)
     try:
         return launcher, launcher.run()
     finally:
-        os.close(launcher.lock)
+        os.close(lock)
 
 
 def starts(folder="study"):
@@ -215,7 +218,7 @@ def test_a_run_that_fails(pretence, capsys):
     assert [item.seed for item in launcher.done] == [2, 2]
     output = capsys.readouterr()
     assert output.out.count("failed, and tried once more") == 2
-    assert output.err.count("its last words") == 2
+    assert "\n  its last words\n" in output.err
     assert output.err.count("failed: dqn,batch_size=8") == 2
 
 
@@ -242,15 +245,29 @@ def test_stopped_and_gone_on_with(pretence, monkeypatch, capsys, number):
     assert sorted(int(step) for _, step, *_ in starts()) == [0, 0, 0, 0, *sorted(checkpoints)]
 
 
-def test_threads_and_gpus(pretence, monkeypatch):
-    """Cores are divided among the jobs, GPUs dealt out in turn."""
-    monkeypatch.setattr(local, "count_cores", lambda: 7)
+def test_threads_and_gpus(pretence, monkeypatch, capsys):
+    """Cores are divided among the jobs, and there are as many as fit into the memory; GPUs are dealt out in turn."""
+    monkeypatch.setattr(command_line, "count_cores", lambda: 7)
+    monkeypatch.setattr(command_line.psutil, "virtual_memory", lambda: SimpleNamespace(available=25e9))
+    monkeypatch.setattr(command_line, "draw_all", lambda *_: 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    launch(jobs=3)
+    assert call(monkeypatch, capsys, "run", "tiny", "--folder", "study")[0] == 0
     assert {threads for _, _, threads, _ in starts()} == {"2"}
-    assert [gpu for *_, gpu in sorted(starts()[:3])] in (["3", "5", "3"], ["3", "3", "5"], ["5", "3", "3"])
-    launch("other", threads=5)
-    assert {threads for _, _, threads, _ in starts("other")} == {"5"}
+    assert sorted(gpu for *_, gpu in starts()[:3]) == ["3", "3", "5"]
+
+
+def test_progress_as_a_log_has_it(pretence):
+    job = local.Job(plan.make_plan(["tiny"], "paper", {})[0], pretence, {}, None)
+    job.process.wait()
+    lines = {
+        "0% 0/100 [00:00<?, ? steps/s]": (0, 0.0, ""),
+        "12% 1212/100000 [22:20<2:09:24, 11.50 steps/s, return -1.5, epsilon 0.000]": (1212, 11.5, "-1.5"),
+        "1% 50/4000 [01:40<2:11:40,  2.00s/ steps, return nan, epsilon 1.000]": (50, 0.5, "nan"),
+        "1% 50/4000 [01:40<2:11:40, 20.00 steps/s]": (50, 20.0, ""),
+    }
+    for line, expected in lines.items():
+        job.log.write_text(f"run folder: runs/x (cpu)\n{line}\nstep 50: mean return 1.00 of [1.0]\n")
+        assert job.progress() == expected
 
 
 def test_the_time_that_is_left(pretence):
@@ -264,6 +281,34 @@ def test_the_time_that_is_left(pretence):
     assert launcher.seconds_left() == pytest.approx(2 * 12.5 / 2)
     launcher.waiting = [items[1]]  # Qbert
     assert launcher.seconds_left() == pytest.approx(12.5 / 2)
+    launcher.going[0] = SimpleNamespace(item=items[0], progress=lambda: (2, 1.0, ""))  # 18 steps to go
+    launcher.waiting = []
+    assert launcher.seconds_left() == pytest.approx((18 + 18 + 4.5) / 3)  # alone: no job beside it helps
+
+
+def test_a_run_of_other_flags_is_no_result(pretence):
+    """As when a flag of the figure is changed in the middle of a study."""
+    assert launch()[1] == 0
+    run = runs_of("tiny")[0]
+    path = run.result(Path("study")) / "args.json"
+    record = json.loads(path.read_text())
+    record["args"]["total_timesteps"] = 21
+    path.write_text(json.dumps(record))
+    assert run.result(Path("study")) is None
+
+
+def test_checkpoints_of_finished_runs_are_removed(pretence, monkeypatch):
+    """They have the whole replay; with --keep-checkpoints they stay."""
+    for keep in (False, True):
+        folder = Path(f"study{keep}")
+        plan.claim_folder(folder, "paper", {})
+        for run in runs_of("tiny"):
+            name = folder / f"runs/{run.env_id.replace('/', '-')}__{run.exp_name}__{run.seed}__1"
+            name.mkdir(parents=True)
+            (name / "checkpoint.pt").write_text("19")
+        launcher = local.Launcher(runs_of("tiny"), folder, 2, 1, Record(None), keep_checkpoints=keep)
+        assert launcher.run() == 0
+        assert len(list(folder.glob("runs/*/checkpoint.pt"))) == (4 if keep else 0)
 
 
 def test_one_process_at_a_time(pretence):
@@ -305,9 +350,16 @@ def test_what_a_run_needs_comes_first(monkeypatch):
     assert launcher.next_item() is None
     folder = Path("study/runs/MinAtar-Breakout-v1__dqn,recorded__1__1")
     folder.mkdir(parents=True)
-    (folder / "args.json").touch()
+    (folder / "args.json").write_text(json.dumps({"args": dict(recording.flags)}))
     (folder / "finished").touch()
     assert launcher.next_item() == export
+    launcher.waiting.remove(export)
+    data = Path("study/datasets/MinAtar-Breakout-v1/export.json")
+    data.parent.mkdir(parents=True)
+    data.write_text(json.dumps({"steps": recording.steps - 1}))  # it is being written
+    assert launcher.next_item() is None
+    data.write_text(json.dumps({"steps": recording.steps}))
+    assert launcher.next_item() == offline[0]
     assert [slurm.depth_of(item) for item in (recording, export, offline[0])] == [0, 1, 2]
 
 
@@ -327,7 +379,10 @@ def call(monkeypatch, capsys, *words):
         (["run"], "name a figure, or all"),
         (["run", "fig2.6", "--scale", "minatar"], "MinAtar has not: --scale paper"),
         (["run", "fig2.25"], "fig2.25 needs the DQN Replay Dataset: -- --dataset-dir"),
-        (["run", "tiny", "--jobs", "0"], "--jobs must be at least 1"),
+        (["run", "tiny", "--jobs", "-1"], "--jobs and --threads must not be negative"),
+        (["run", "tiny", "--", "--batch-size", "4"], "--batch-size is the figure's own"),
+        (["run", "tiny", "--", "--seed", "4"], "--seed is the figure's own"),
+        (["figure", "fig2.31"], "there is no figure 'fig2.31'"),
         (["run", "tiny", "--cluster", "slurm"], "sbatch is not here"),
         (["run", "tiny", "--", "--learning", "1"], "dqn has no flag --learning"),
         (["run", "tiny", "--folder", "thesis"], "thesis is not empty, and no folder of experiments"),
@@ -368,7 +423,7 @@ def test_a_panel_by_hand():
         for value, gain in ((8, 2.0), (16, 0.5), (32, 1.0)):
             for game, random in (("MinAtar/SpaceInvaders", 3.97), ("MinAtar/Breakout", 0.381)):
                 found.append(fake_curve(value, game, seed, [random, random + 10 * gain]))
-    panel = panels.make_panel("dqn", found, "batch_size")
+    panel = panels.make_panel("dqn", found, "batch_size", [8, 16, 32])
     assert panel.reference.key == (32,)
     assert not panel.few
     colours = [panel.colour(group) for group in panel.study.groups]
@@ -381,9 +436,20 @@ def test_a_panel_by_hand():
     assert "probability 1.00 [1.00, 1.00] (2 games, 5 seeds): batch size 8 is better, beyond the noise" in sentence
 
 
+def test_what_is_missing_changes_no_colour():
+    """And without the reference there is no panel."""
+    found = [fake_curve(value, "MinAtar/Breakout", 1, [1, 5]) for value in (1, 4)]
+    for curve in found:
+        curve.settings = {"batch_divisor": curve.settings["batch_size"]}
+    panel = panels.make_panel("qrdqn", found, "batch_divisor", [1, 2, 4, 8])
+    assert [panel.colour(group) for group in panel.study.groups] == [panels.OTHERS[0], panels.OTHERS[2]]
+    with pytest.raises(BadInput, match="no run with batch divisor 1"):
+        panels.make_panel("qrdqn", found[1:], "batch_divisor", [1, 2, 4, 8])
+
+
 def test_too_few_runs_are_said():
     found = [fake_curve(value, "MinAtar/Breakout", seed, [1, 5]) for value in (8, 32) for seed in range(4)]
-    panel = panels.make_panel("dqn", found, "batch_size")
+    panel = panels.make_panel("dqn", found, "batch_size", [8, 32])
     assert panel.few
     (sentence,) = panels.sentences([panel])
     assert "too few runs to tell" in sentence
@@ -410,6 +476,9 @@ def test_the_list(capsys):
     assert "list --trial" in lines[-1]
 
 
+QUICK = {"cuda": False, "eval_episodes": 0}
+
+
 @pytest.fixture
 def short_study(dqn, tmp_path, monkeypatch):
     """Real runs of a figure on MinAtar, as the launcher names them."""
@@ -417,11 +486,10 @@ def short_study(dqn, tmp_path, monkeypatch):
     monkeypatch.setitem(FIGURES, "short", figure)
     folder = Path("study")
     plan.claim_folder(folder, "minatar", {})
-    runs = runs_of("short", "minatar")
+    runs = runs_of("short", "minatar", QUICK)
     monkeypatch.chdir(folder)
     for run in runs[:7]:
-        flags = dict(run.flags) | {"learning_starts": 400, "eval_episodes": 0, "diagnostics_frequency": 0}
-        dqn.train(dqn.Args(env_id=run.env_id, seed=run.seed, exp_name=run.exp_name, cuda=False, **flags))
+        dqn.train(dqn.Args(env_id=run.env_id, seed=run.seed, exp_name=run.exp_name, **dict(run.flags)))
     monkeypatch.chdir(tmp_path)
     return figure, runs, folder
 
@@ -443,7 +511,7 @@ def test_a_record_replaces_the_folders(short_study, tmp_path, capsys):
 
     missing = []
     for place in (folder, tmp_path / "elsewhere"):
-        found, lacking = draw.find_runs(figure, "minatar", {}, place, again)
+        found, lacking = draw.find_runs(figure, "minatar", QUICK, place, again)
         missing.append(lacking)
         curves = [(setting, curve.seed, curve.frames.tolist(), curve.scores.tolist()) for setting, curve in found]
         assert len(curves) == 7
@@ -454,7 +522,7 @@ def test_a_record_replaces_the_folders(short_study, tmp_path, capsys):
                 assert one[:3] == other[:3]
                 np.testing.assert_allclose(one[3], other[3], atol=1e-4)
     assert missing == [runs[7:]] * 2
-    draw.draw("short", figure, "minatar", {}, folder, again, Path("figures"))
+    draw.draw("short", figure, "minatar", QUICK, folder, again, Path("figures"))
     said = capsys.readouterr().out
     assert f"missing are 3 of 10 runs: {runs[7].name}, {runs[8].name}, {runs[9].name}" in said
     assert Path("figures/short.png").stat().st_size > 5_000
@@ -551,11 +619,21 @@ def wait_for(condition, seconds):
         time.sleep(0.2)
 
 
+def requeue(array, command):
+    """Let a task of the array be stopped in the middle, and start again at once."""
+    task = command[-1]
+    subprocess.run(command, check=True)
+    wait_for(lambda: "Restarts=1" in output_of("scontrol", "show", "job", task), 90)
+    wait_for(lambda: "JobState=PENDING" in output_of("scontrol", "show", "job", task), 60)
+    subprocess.run(["scontrol", "update", f"jobid={task}", "StartTime=now"], check=True)
+
+
 @pytest.mark.long
 def test_a_cluster(cluster, tmp_path):
     """A task is cancelled and requeued in the middle; all runs end as those of the local launcher, bit for bit."""
     words = ["run", "small-batch", "--scale", "smoke"]
     flags = ["--", "--total-timesteps", "1200"]
+    words += ["--keep-checkpoints"]
     tasks = ["--cluster", "slurm", "--side-by-side", "2", "--memory-gb", "0", "--hours", "0.5"]
     refused = experiments(*words, *tasks, "--partition", "nowhere", "--folder", "nowhere", folder=tmp_path)
     assert refused.returncode == 2
@@ -572,12 +650,11 @@ def test_a_cluster(cluster, tmp_path):
 
     folder = tmp_path / "studies/smoke"
     wait_for(lambda: list(folder.glob("runs/*/checkpoint.pt")), 120)
-    subprocess.run(["scontrol", "requeue", f"{array}_0"], check=True)
-    wait_for(lambda: "Restarts=1" in output_of("scontrol", "show", "job", f"{array}_0"), 60)
+    requeue(array, ["scontrol", "requeue", f"{array}_0"])
     interrupted = [path.parent for path in folder.glob("runs/*/args.json") if not (path.parent / "finished").exists()]
     assert interrupted
-    wait_for(lambda: "JobState=PENDING" in output_of("scontrol", "show", "job", f"{array}_0"), 60)
-    subprocess.run(["scontrol", "update", f"jobid={array}_0", "StartTime=now"], check=True)
+    wait_for(lambda: list(folder.glob("runs/*qrdqn*/checkpoint.pt")), 120)
+    requeue(array, ["scancel", "--signal=USR2", f"{array}_1"])  # as Slurm does before the hours are over
     wait_for(lambda: not output_of("squeue", "--noheader"), 400)
 
     here = experiments(*words, "--folder", "here", "--threads", "1", *flags, folder=tmp_path)
