@@ -12,12 +12,7 @@ from test_diagnostics import Log
 from test_replay import ENDINGS, LENGTHS, Script, make_replay, reload
 
 BREAKOUT = {"env_id": "ALE/Breakout-v5", "network": "nature", "diagnostics_frequency": 0, "noop_max": 30}
-MINATAR = (10, 10, 4)
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+ALE, MINATAR = (4, 84, 84), (10, 10, 4)
 
 
 COMMON = {
@@ -404,29 +399,17 @@ def test_spr_learns_on_the_online_side_only(spr):
 
 @pytest.mark.parametrize(
     ("shape", "network", "grid"),
-    [
-        (MINATAR, "dopamine", (16, 8, 8)),
-        ((4, 84, 84), "dopamine", (64, 11, 11)),
-        ((4, 84, 84), "nature", (64, 7, 7)),
-        ((4, 84, 84), "impala", (32, 11, 11)),
-    ],
+    [(MINATAR, "dopamine", (16, 8, 8)), (ALE, "dopamine", (64, 11, 11)), (ALE, "impala", (32, 11, 11))],
 )
 def test_the_transition_model_keeps_the_latents_shape(spr, shape, network, grid):
+    """And their range: renormalised before and after."""
     module = make_network(spr, shape, 6, network=network)
     obs = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
     latents = module.encode(obs > 127 if shape == MINATAR else obs)
-    assert latents.shape == (3, math.prod(grid))
     assert module.grid == grid
-    assert latents.amin(dim=1).tolist() == [0] * 3
-    assert latents.amax(dim=1).tolist() == pytest.approx([1] * 3, abs=1e-3)
-    channels = grid[0]
-    first, second = module.transition[0], module.transition[2]
-    assert (first.in_channels, first.out_channels, first.kernel_size) == (channels + 6, channels, (3, 3))
-    assert (second.in_channels, second.out_channels, second.kernel_size) == (channels, channels, (3, 3))
     after = module.advance(latents, torch.tensor([0, 1, 5]))
-    assert after.shape == latents.shape
-    assert after.amin(dim=1).tolist() == [0] * 3
-    assert after.amax(dim=1).tolist() == pytest.approx([1] * 3, abs=1e-2)
+    for values in (latents, after):
+        assert values.shape == (3, math.prod(grid))
+        assert values.amin(dim=1).tolist() == [0] * 3
+        assert values.amax(dim=1).tolist() == pytest.approx([1] * 3, abs=1e-2)
     assert not torch.equal(after[:1], module.advance(latents[:1], torch.tensor([1])))  # the action matters
-    width = 128 if shape == MINATAR else 512
-    assert module.projection(after).shape == module.predictor(module.projection(after)).shape == (3, width)

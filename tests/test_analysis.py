@@ -1,8 +1,10 @@
 """From run folders and tables to the report: what is read, what is said, and what is refused."""
 
+import contextlib
 import csv
 import html
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -48,16 +50,32 @@ def log_of(folder):
 def run_command(monkeypatch, capsys, *arguments):
     """Run python -m analysis in this process; return its exit status, output and errors."""
     monkeypatch.setattr(sys, "argv", ["analysis", *map(str, arguments)])
+    status = 0
     try:
         command.main()
-        status = 0
     except SystemExit as exit_:
         status = exit_.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
 
-# ----------------------------------------------------------------------------------------------------- reading a folder
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """A function that runs python -m analysis, and returns the one sentence with which it refuses."""
+
+    def call(*arguments):
+        status, _, error = run_command(monkeypatch, capsys, *arguments)
+        assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    return call
+
+
+def study_of_folders(folders, by=("agent",), normalize="human"):
+    return scores.make_study([scores.run_of(folder, 50, False) for folder in folders], list(by), normalize)
+
+
+# ---- reading a folder
 def test_a_log_is_read_as_tensorboard_reads_it(tmp_path):
     folder = write_run(tmp_path / "run", steps=3_000, games=500)
     found = runs.read_folder(folder, None)
@@ -74,19 +92,16 @@ def test_a_log_is_read_as_tensorboard_reads_it(tmp_path):
 
 def test_values_of_every_size(tmp_path):
     """Steps of one to five bytes, values that are not finite, tags as long as the fast path takes and longer."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "args.json").write_text(
-        json.dumps(
-            {"agent": "dqn", "args": {"env_id": "ALE/Pong-v5", "seed": 1, "total_timesteps": 5}, "frames_per_step": 4}
-        )
-    )
-    writer = SummaryWriter(str(tmp_path / "run"))
-    steps, values = [0, 1, 127, 128, 16_384, 2_097_152, 2**31, 2**40], [0.0, -1.5, 1e30, -1e-30, 3.0, 7.0, np.inf, 5.0]
+    folder = write_run(tmp_path / "run")
+    log_of(folder).unlink()
+    steps = [0, 1, 127, 128, 16_384, 2_097_152, 2**31, 2**40]
+    values = [0.0, -1.5, 1e30, -1e-30, 3.0, 7.0, np.inf, 5.0]
+    writer = SummaryWriter(str(folder))
     for tag in ("diagnostics/z", "diagnostics/" + "x" * 80, "diagnostics/" + "y" * 150):
         for step, value in zip(steps, values, strict=True):
             writer.add_scalar(tag, value, step)
     writer.close()
-    found = runs.read_folder(tmp_path / "run", None)
+    found = runs.read_folder(folder, None)
     assert len(found.series) == 3
     for series in found.series.values():
         assert series.steps.tolist() == steps
@@ -94,52 +109,44 @@ def test_values_of_every_size(tmp_path):
 
 
 def test_a_run_taken_up_again_supersedes_what_it_had_logged(tmp_path):
-    """A second log that starts at step 600: what the first said of steps from 600 on did not happen."""
+    """A second log that starts at step 600: what the first said of steps from 600 on did not happen.
+
+    But the evaluation of the checkpoint's step, which is made anew, counts once.
+    """
     folder = write_run(tmp_path / "run", games=100)
     whole = runs.read_folder(folder, None).series["charts/episodic_return"]
     first = log_of(folder)
     first.rename(folder / "events.out.tfevents.0000000001.a")
-    writer = SummaryWriter(str(folder), purge_step=600)
-    writer.add_scalar("charts/episodic_return", 99.0, 700)
-    writer.close()
-    found = runs.read_folder(folder, None).series["charts/episodic_return"]
-    assert found.steps.tolist() == [*whole.steps[whole.steps < 600].tolist(), 700]
-    assert found.values[-1] == 99.0
-
-
-def test_an_evaluation_made_anew_counts_once(tmp_path):
-    """A run that was killed in the course of its next steps had logged the evaluation of its checkpoint's step."""
-    folder = write_run(tmp_path / "runs" / "one")
-    for number, steps in enumerate([(100, 200), (200, 300)]):
-        writer = SummaryWriter(str(folder), purge_step=[1, 201][number], filename_suffix=str(number))
-        for step in steps:
-            writer.add_scalar("eval/episodic_return", float(step), step)
+    for number, (purge_step, step) in enumerate([(600, 700), (701, 700)]):
+        writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=str(number))
+        writer.add_scalar("eval/episodic_return", 5.0, step)
+        if number == 0:
+            writer.add_scalar("charts/episodic_return", 99.0, step)
         writer.close()
-    found = runs.read_folder(folder, None).series["eval/episodic_return"]
-    assert found.steps.tolist() == [100, 200, 300]
+    found = runs.read_folder(folder, None).series
+    returns = found["charts/episodic_return"]
+    assert returns.steps.tolist() == [*whole.steps[whole.steps < 600].tolist(), 700]
+    assert returns.values[-1] == 99.0
+    assert found["eval/episodic_return"].steps.tolist() == [700]
 
 
 def test_the_cache_notices_what_changed(tmp_path):
     folder, cache = write_run(tmp_path / "run"), tmp_path / "cache"
     first = runs.read_folder(folder, cache)
-    assert len(list(cache.iterdir())) == 1
     log = log_of(folder)
-    moved = tmp_path / "log"
-    shutil.move(log, moved)
-    stamp = moved.stat()
+    whole = log.read_bytes()
+    stamp = log.stat()
     log.write_bytes(b"\0" * stamp.st_size)  # not to be read, as name, size and time are those of before
-    __import__("os").utime(log, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    os.utime(log, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     again = runs.read_folder(folder, cache)
     for tag in first.series:
         for name in ("steps", "values", "times"):
             np.testing.assert_array_equal(getattr(first.series[tag], name), getattr(again.series[tag], name))
     assert again.record == first.record and again.finished == first.finished
-    shutil.copy(moved, log)
-    with log.open("ab") as file:
-        writer = SummaryWriter(str(tmp_path / "more"))
-        writer.add_scalar("charts/episodic_return", 1234.0, 5_000)
-        writer.close()
-        file.write(log_of(tmp_path / "more").read_bytes())
+    writer = SummaryWriter(str(tmp_path / "more"))
+    writer.add_scalar("charts/episodic_return", 1234.0, 5_000)
+    writer.close()
+    log.write_bytes(whole + log_of(tmp_path / "more").read_bytes())
     assert runs.read_folder(folder, cache).series["charts/episodic_return"].values[-1] == 1234.0
     next(cache.iterdir()).write_bytes(b"damaged")
     assert runs.read_folder(folder, cache).series["charts/episodic_return"].values[-1] == 1234.0
@@ -168,40 +175,35 @@ def test_a_flipped_bit_is_found(tmp_path, place):
         runs.read_folder(folder, None)
 
 
-def test_broken_folders_are_named(tmp_path, monkeypatch, capsys):
-    def refused(*arguments):
-        status, _, error = run_command(monkeypatch, capsys, *arguments, "--out", tmp_path / "out")
-        assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
-        assert not (tmp_path / "out" / "report.html").exists()
-        return error
-
+def test_broken_folders_are_named(tmp_path, refused):
     folder = write_run(tmp_path / "runs" / "one")
+    out = ["--out", tmp_path / "out"]
     record = (folder / "args.json").read_text()
-    assert "does not exist" in refused(tmp_path / "nothing")
+    assert "does not exist" in refused(tmp_path / "nothing", *out)
     (tmp_path / "empty").mkdir()
-    assert "holds no run" in refused(tmp_path / "empty")
+    assert "holds no run" in refused(tmp_path / "empty", *out)
     for text, words in (
         ("", "line 1"),
         ('{\n"agent": "dqn",\n}', "line 3"),
-        ("[]", "no record of a run"),
         ('{"agent": "dqn", "args": {}}', "no record of a run"),
-        (record.replace('"seed": 1', '"seed": "1"'), "no record of a run"),
     ):
         (folder / "args.json").write_text(text)
-        assert f"{folder / 'args.json'}" in (error := refused(tmp_path / "runs")) and words in error
+        error = refused(tmp_path / "runs", *out)
+        assert f"{folder / 'args.json'}" in error and words in error
     (folder / "args.json").write_bytes(b"\xff\xfe{")
-    assert "is no text" in refused(tmp_path / "runs")
+    assert "is no text" in refused(tmp_path / "runs", *out)
     (folder / "args.json").write_text(record)
     log = log_of(folder)
     log.write_bytes(b"")
-    assert f"{log} is empty" in refused(tmp_path / "runs")
+    assert f"{log} is empty" in refused(tmp_path / "runs", *out)
     log.write_bytes(b"not an event file, but long enough to look like one")
-    assert f"{log} is broken" in refused(tmp_path / "runs")
+    assert f"{log} is broken" in refused(tmp_path / "runs", *out)
     log.unlink()
-    assert "holds no TensorBoard log" in refused(tmp_path / "runs")
+    assert "holds no TensorBoard log" in refused(tmp_path / "runs", *out)
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
-# ------------------------------------------------------------------------------------------------------ scores of a run
+# ---- scores of a run
 def test_scores_of_iterations_against_a_loop(tmp_path):
     """Mean of the games that ended in each iteration; an iteration without any repeats the one before."""
     folder = runs.read_folder(write_run(tmp_path / "run", steps=1_037, games=30), None)
@@ -238,20 +240,17 @@ HEADER = "agent,game,seed,frames,score\n"
         (HEADER, "has no row"),
         (HEADER + "DQN,Pong,1,4,2\nDQN,Pong,2,4\n", "line 3: 4 cells, and 5 columns"),
         (HEADER + "DQN,Pong,1,4,nan\n", "line 2: the score is nan"),
-        (HEADER + "DQN,Pong,1,4,inf\n", "line 2: the score is inf"),
         (HEADER + "DQN,Pong,1,4,\n", "line 2: seed and frames must be whole numbers"),
-        (HEADER + "DQN,Pong,one,4,2\n", "line 2: seed and frames"),
-        (HEADER + "DQN,Pong,1,4.5,2\n", "line 2: seed and frames"),
         (HEADER + "DQN,Pong,1,-4,2\n", "line 2: the score is 2.0 at -4 frames"),
         (HEADER + ",Pong,1,4,2\n", "line 2: agent or game is empty"),
         (HEADER + "DQN,Pong,1,4,2\nDQN,Pong,1,8,2\nDQN,Pong,1,4,3\n", "line 4: repeats line 2"),
         (HEADER + 'DQN,"Pong,1,4,2\n', "line"),
     ],
 )
-def test_wrong_tables_are_named_with_their_line(tmp_path, monkeypatch, capsys, text, words):
+def test_wrong_tables_are_named_with_their_line(tmp_path, refused, text, words):
     path = table_of(tmp_path, text)
-    status, _, error = run_command(monkeypatch, capsys, "--scores", path, "--out", tmp_path / "out")
-    assert status == 2 and error.count("\n") == 1 and str(path) in error and words in error
+    error = refused("--scores", path, "--out", tmp_path / "out")
+    assert str(path) in error and words in error
     assert list(tmp_path.iterdir()) == [path]  # nothing is half-written
 
 
@@ -259,9 +258,6 @@ def test_a_broken_archive_is_named(tmp_path):
     path = tmp_path / "scores.csv.gz"
     path.write_bytes((scores.DATA / "atari100k_published.csv.gz").read_bytes()[:5_000])
     with pytest.raises(BadInput, match=r"scores\.csv\.gz could not be read"):
-        scores.read_scores(path)
-    path.write_text("agent")
-    with pytest.raises(BadInput, match="could not be read"):
         scores.read_scores(path)
 
 
@@ -276,9 +272,8 @@ def study(tmp_path, text, by=("agent",), normalize="human", header=HEADER):
 
 
 def test_unequal_lengths_are_cut_and_it_is_said(tmp_path):
-    text = rows("A", "Pong", [1, 2], [100, 200, 300], lambda s, f: f) + rows(
-        "B", "Pong", [1], [100, 200], lambda s, f: f
-    )
+    text = rows("A", "Pong", [1, 2], [100, 200, 300], lambda s, f: f)
+    text += rows("B", "Pong", [1], [100, 200], lambda s, f: f)
     found = study(tmp_path, text)
     assert found.frames.tolist() == [100, 200]
     assert [note for note in found.notes if "Cut to 200 frames" in note and "300" in note and "B" in note]
@@ -298,13 +293,15 @@ def test_missing_games_and_seeds_are_listed_by_name(tmp_path):
     seeds = [1, 2, 3, 4, 5, 6]
     text = rows("A", "Pong", seeds, [100], lambda s, f: s)
     text += rows("A", "Breakout", [1, 3, 4, 5, 6], [100], lambda s, f: s)
-    text += rows("B", "Pong", seeds, [100], lambda s, f: s)
+    text += rows("B", "Pong", [*seeds, 7], [100], lambda s, f: s)
     found = study(tmp_path, text)
     assert found.games == ["Pong"]
     assert "B: no run of Breakout; left out of every comparison." in found.notes
+    assert "A: no seed 7 of Pong." in found.notes  # another setting has it
     text += rows("B", "Breakout", seeds, [100], lambda s, f: s)
     found = study(tmp_path, text)
-    assert found.games == ["Breakout", "Pong"] and found.notes == ["A: no seed 2 of Breakout."]
+    assert found.games == ["Breakout", "Pong"]
+    assert "A: no seed 2, 7 of Breakout." in found.notes
     assert [len(found.groups[0].raw[game]) for game in found.games] == [5, 6]
 
 
@@ -320,9 +317,8 @@ def test_games_without_a_human_score_are_listed(tmp_path):
 
 def test_normalisation(tmp_path):
     """Human: Pong has random -20.7, human 14.6. Baseline: the mean of its runs is 1, random play 0."""
-    text = rows("A", "Pong", [1, 2], [100], lambda s, f: 14.6) + rows(
-        "B", "Pong", [1, 2], [100], lambda s, f: -20.7 + s
-    )
+    text = rows("A", "Pong", [1, 2], [100], lambda s, f: 14.6)
+    text += rows("B", "Pong", [1, 2], [100], lambda s, f: -20.7 + s)
     found = study(tmp_path, text)
     assert found.groups[0].normalised["Pong"].tolist() == [[1.0], [1.0]]
     np.testing.assert_allclose(found.groups[1].normalised["Pong"], [[1 / 35.3], [2 / 35.3]])
@@ -330,7 +326,7 @@ def test_normalisation(tmp_path):
     np.testing.assert_allclose(found.groups[0].normalised["Pong"], 35.3 / 1.5)
     np.testing.assert_allclose(found.groups[1].normalised["Pong"], [[1 / 1.5], [2 / 1.5]])
     assert study(tmp_path, text, normalize="none").groups[1].normalised["Pong"].ravel().tolist() == [-19.7, -18.7]
-    for wrong in ("baseline:C", "B", "random"):
+    for wrong in ("baseline:C", "random"):
         with pytest.raises(BadInput, match="--normalize"):
             study(tmp_path, text, normalize=wrong)
 
@@ -353,13 +349,11 @@ def test_grouping_by_any_flag(tmp_path):
 
 
 def test_different_protocols_in_a_group_raise_a_warning(tmp_path):
-    one = write_run(tmp_path / "1", flags={"sticky_actions": 0.25, "eval_episodes": 10}, packages={"ale-py": "0.12.1"})
-    two = write_run(
-        tmp_path / "2", seed=2, flags={"sticky_actions": 0.0, "eval_episodes": 5}, packages={"ale-py": "0.11"}
-    )
-    three = write_run(tmp_path / "3", seed=3, flags={"sticky_actions": 0.0, "terminal_on_life_loss": True})
-    folders = runs.read_folders([one, two, three], None)
-    notes = scores.make_study([scores.run_of(x, 50, False) for x in folders], ["agent"], "human").notes
+    sticky = {"sticky_actions": 0.25, "eval_episodes": 10}
+    write_run(tmp_path / "1", flags=sticky, packages={"ale-py": "0.12.1"})
+    write_run(tmp_path / "2", seed=2, flags={"sticky_actions": 0.0, "eval_episodes": 5}, packages={"ale-py": "0.11"})
+    write_run(tmp_path / "3", seed=3, flags={"sticky_actions": 0.0, "terminal_on_life_loss": True})
+    notes = study_of_folders(runs.read_folders([tmp_path / name for name in "123"], None)).notes
     assert "Warning: dqn has runs of different --sticky-actions: 0.0, 0.25." in notes
     assert "Warning: dqn has runs of different --terminal-on-life-loss: None, True." in notes
     assert "Warning: dqn has runs of different versions of ale-py: 0.11, 0.12.1, None." in notes
@@ -371,15 +365,13 @@ def test_unfinished_and_repeated_runs_are_marked(tmp_path):
     half = write_run(tmp_path / "half", seed=2, steps=500)
     twice = write_run(tmp_path / "twice", seed=1)
     folders = runs.read_folders([done, half, twice], None)
-    found = scores.make_study([scores.run_of(x, 50, False) for x in folders], ["agent"], "human")
-    assert f"Unfinished: {half}." in found.notes
-    assert f"Left out, as another run has the same setting, game and seed: {done}." in found.notes
-    assert any("Cut to 2,000 frames" in note for note in found.notes)
+    notes = study_of_folders(folders).notes
+    assert f"Unfinished: {half}." in notes
+    assert f"Left out, as another run has the same setting, game and seed: {done}." in notes
+    assert any("Cut to 2,000 frames" in note for note in notes)
     folders[2].record["args"]["learning_rate"] = 0.1
-    found = scores.make_study([scores.run_of(x, 50, False) for x in folders], ["agent"], "human")
-    assert any(
-        note.startswith("Warning: Left out") and "They differ in --learning-rate" in note for note in found.notes
-    )
+    warnings = [note for note in study_of_folders(folders).notes if note.startswith("Warning: Left out")]
+    assert "They differ in --learning-rate" in warnings[0]
 
 
 def test_agents_are_not_pooled_in_silence(tmp_path):
@@ -389,20 +381,6 @@ def test_agents_are_not_pooled_in_silence(tmp_path):
     assert study(tmp_path, text, ["size"], header=header).notes == [
         "Warning: size 8 has runs of different agent: A, B.",
     ]
-
-
-def test_seeds_that_another_setting_has_are_listed(tmp_path):
-    text = rows("A", "Pong", range(1, 6), [100], lambda s, f: s)
-    text += rows("B", "Pong", range(1, 8), [100], lambda s, f: s)
-    assert study(tmp_path, text).notes == ["A: no seed 6, 7 of Pong."]
-
-
-def test_settings_are_told_apart_by_their_names(tmp_path):
-    """1 and True are equal to Python, nan is not equal to itself."""
-    header = "agent,game,seed,frames,score,k\n"
-    text = "".join(rows("A", "Pong", [1, 2], [100], lambda s, f: s, k=k) for k in ("1", "true", "nan"))
-    labels = {group.label: len(group.runs["Pong"]) for group in study(tmp_path, text, ["k"], header=header).groups}
-    assert labels == {"k 1": 2, "k True": 2, "k nan": 2}
 
 
 def test_a_column_that_changes_within_a_run_is_refused(tmp_path):
@@ -427,14 +405,14 @@ def test_the_iteration_is_that_of_the_chosen_runs(no_figures, tmp_path, monkeypa
     assert status == 0 and "games that ended in 50 agent steps" in output
 
 
-def test_a_return_that_is_no_number_is_named(tmp_path):
-    for number, (value, step) in enumerate([(np.nan, 5), (np.inf, 5), (1.0, 0)]):
-        folder = write_run(tmp_path / str(number))
-        writer = SummaryWriter(str(folder))
-        writer.add_scalar("charts/episodic_return", value, step)
-        writer.close()
-        with pytest.raises(BadInput, match=rf"{folder}: charts/episodic_return is .* at step {step}"):
-            runs.read_folder(folder, None)
+@pytest.mark.parametrize(("value", "step"), [(np.nan, 5), (np.inf, 5), (1.0, 0)])
+def test_a_return_that_is_no_number_is_named(tmp_path, value, step):
+    folder = write_run(tmp_path / "run")
+    writer = SummaryWriter(str(folder))
+    writer.add_scalar("charts/episodic_return", value, step)
+    writer.close()
+    with pytest.raises(BadInput, match=rf"{folder}: charts/episodic_return is .* at step {step}"):
+        runs.read_folder(folder, None)
 
 
 def test_linked_folders_are_read(tmp_path):
@@ -470,13 +448,12 @@ def test_gains_are_relative_to_those_on_random_play(tmp_path):
     assert gains == {"Pong": pytest.approx(100.0), "Qbert": 0.0}  # (-10.7 + 15.7) / (-15.7 + 20.7)
 
 
-# ------------------------------------------------------------------------------------------------- fewer than five runs
+# ---- fewer than five runs
 def compared(tmp_path, monkeypatch, capsys, text):
     """What compare prints of A and B of a table."""
     path = table_of(tmp_path, HEADER + text)
-    status, output, error = run_command(
-        monkeypatch, capsys, "compare", "A", "B", "--scores", path, "--resamples", "500"
-    )
+    flags = ["--scores", path, "--resamples", "500"]
+    status, output, error = run_command(monkeypatch, capsys, "compare", "A", "B", *flags)
     assert (status, error) == (0, "")
     return output
 
@@ -487,7 +464,7 @@ def two_settings(first, second, game="Pong"):
     return text + rows("B", game, range(second), [100], lambda s, f: s / 10)
 
 
-@pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 2), (4, 4), (4, 9), (9, 4)])
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (4, 9), (9, 4)])
 def test_compare_cannot_tell_from_fewer_than_five_runs(tmp_path, monkeypatch, capsys, first, second):
     output = compared(tmp_path, monkeypatch, capsys, two_settings(first, second))
     counts = f"{first} of A and {second} of B in the game that has fewest; it takes at least 5 of each"
@@ -560,23 +537,7 @@ def test_figures_mark_intervals_of_too_few_runs(tmp_path):
         assert not [text for text in figure.findobj(matplotlib.text.Text) if "†" in text.get_text()], name
 
 
-def test_a_figure_is_laid_out_once_for_all_its_files(tmp_path, monkeypatch):
-    laid_out, drawn = [], 0
-    execute = figures.ConstrainedLayoutEngine.execute
-
-    def counting(engine, figure):
-        laid_out.append(figure)
-        return execute(engine, figure)
-
-    monkeypatch.setattr(figures.ConstrainedLayoutEngine, "execute", counting)
-    for _, _, figure in figures.draw(unequal_runs(tmp_path, 5, 5)):
-        figure.savefig(tmp_path / "figure.png")
-        figure.savefig(tmp_path / "figure.svg")
-        drawn += 1
-    assert len(laid_out) == drawn > 4
-
-
-# ------------------------------------------------------------------------------------------------------------ the whole
+# ---- the whole
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two agents, two batch sizes, three games, two seeds."""
@@ -589,6 +550,11 @@ def folders(tmp_path_factory):
                     name = f"{game}-{agent}-{size}-{seed}"
                     write_run(root / name, agent, f"ALE/{game}-v5", seed, level=level, flags={"batch_size": size})
     return root
+
+
+def table_in(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -613,27 +579,15 @@ def test_the_report(reported):
     assert (out / "report.html").stat().st_size > 100_000
     for name in pictures:
         assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and b"<svg" in (out / f"{name}.svg").read_bytes()
-    with open(out / "aggregates.csv") as file:
-        found = {(row["setting"], row["metric"]): row for row in csv.DictReader(file)}
+    found = {(row["setting"], row["metric"]): row for row in table_in(out / "aggregates.csv")}
     assert len(found) == 16
     for row in found.values():
         assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
-    with open(out / "scores.csv") as file:
-        table = list(csv.DictReader(file))
-    last = [
-        float(row["normalised"]) for row in table if row["setting"] == "qrdqn, batch size 8" and row["frames"] == "4000"
-    ]
-    middle = sorted(last)[1:5]
+    ours = [row for row in table_in(out / "scores.csv") if row["setting"] == "qrdqn, batch size 8"]
+    last = [float(row["normalised"]) for row in ours if row["frames"] == "4000"]
     assert len(last) == 6
-    assert float(found["qrdqn, batch size 8", "IQM"]["value"]) == pytest.approx(np.mean(middle), rel=1e-9)
-
-
-def test_the_report_counts_in_words(no_figures, tmp_path, monkeypatch, capsys):
-    """One setting of one game, in two seeds: one of each, and not "1 settings"."""
-    for seed in (1, 2):
-        write_run(tmp_path / "runs" / str(seed), seed=seed)
-    assert run_command(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "out", "--resamples", "50")[0] == 0
-    assert (tmp_path / "out" / "report.md").read_text().splitlines()[2].startswith("1 setting, 1 game, 2 seeds, ")
+    middle = np.mean(sorted(last)[1:5])
+    assert float(found["qrdqn, batch size 8", "IQM"]["value"]) == pytest.approx(middle, rel=1e-9)
 
 
 def test_the_same_seed_gives_the_same_files(reported, folders, tmp_path, monkeypatch, capsys):
@@ -684,31 +638,27 @@ def test_runs_that_end_before_their_first_report(tmp_path):
     assert {axes.get_yscale() for axes in figure.axes} == {"linear"}
 
 
-def test_a_folder_of_others_is_not_overwritten(no_figures, folders, tmp_path, monkeypatch, capsys):
+def test_a_folder_of_others_is_not_overwritten(no_figures, folders, tmp_path, monkeypatch, capsys, refused):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for out in (tmp_path / "mine", tmp_path / "mine" / "thesis.tex"):
-        status, _, error = run_command(monkeypatch, capsys, folders, "--out", out)
-        assert status == 2 and "--out" in error and error.count("\n") == 1
+        assert "--out" in refused(folders, "--out", out)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     out = tmp_path / "results"
-    flags = ["--resamples", "50"]
-    assert run_command(monkeypatch, capsys, folders, "--out", out, *flags)[0] == 0
+    flags = ["--out", out, "--resamples", "50"]
+    assert run_command(monkeypatch, capsys, folders, *flags)[0] == 0
     (out / "notes.txt").write_text("what it means")
-    status, _, error = run_command(monkeypatch, capsys, folders, "--out", out, *flags)
-    assert status == 2 and "notes.txt, which is not of this analysis" in error
+    assert "notes.txt, which is not of this analysis" in refused(folders, *flags)
     (out / "notes.txt").unlink()
     shutil.copytree(folders, out / "cache" / "runs")
-    status, _, error = run_command(monkeypatch, capsys, out / "cache" / "runs", "--out", out, *flags)
-    assert status == 2 and "is in the folder of --out" in error
+    assert "is in the folder of --out" in refused(out / "cache" / "runs", *flags)
     assert (out / "cache" / "runs").exists() and (out / "report.html").exists()
 
 
-def test_choosing(no_figures, folders, tmp_path, monkeypatch, capsys):
+def test_choosing(no_figures, folders, tmp_path, monkeypatch, capsys, refused):
     choice = ["--only", "agent=dqn", "batch_size=8,32", "--games", "Pong", "ALE/Qbert-v5", "--resamples", "100"]
     assert run_command(monkeypatch, capsys, folders, "--out", tmp_path / "out", *choice)[0] == 0
-    with open(tmp_path / "out" / "games.csv") as file:
-        table = list(csv.DictReader(file))
+    table = table_in(tmp_path / "out" / "games.csv")
     assert {row["game"] for row in table} == {"Pong", "Qbert"}
     assert {row["setting"] for row in table} == {"dqn, batch size 8", "dqn, batch size 32"}
     for wrong, words in (
@@ -720,11 +670,10 @@ def test_choosing(no_figures, folders, tmp_path, monkeypatch, capsys):
         (["--resamples", "0"], "--resamples"),
         (["--only", "agent=dqn,typo"], "no run has agent typo; there are dqn, qrdqn"),
     ):
-        status, _, error = run_command(monkeypatch, capsys, folders, "--out", tmp_path / "new", *wrong)
-        assert status == 2 and words in error and error.count("\n") == 1
+        assert words in refused(folders, "--out", tmp_path / "new", *wrong)
 
 
-def test_compare(folders, tmp_path, monkeypatch, capsys):
+def test_compare(folders, monkeypatch, capsys, refused):
     pair = ["qrdqn, batch size 8", "dqn, batch size 8"]
     flags = ["--runs", folders, "--resamples", "500"]
     status, output, _ = run_command(monkeypatch, capsys, "compare", *pair, *flags)
@@ -734,25 +683,22 @@ def test_compare(folders, tmp_path, monkeypatch, capsys):
     assert output.count("IQM") == 1 and output.count("[") == 9
     status, output, _ = run_command(monkeypatch, capsys, "compare", *reversed(pair), *flags)
     assert status == 0 and "lost 3: " in output
-    for wrong in (["dqn", "qrdqn"], ["dqn, batch size 8", "dqn, batch size 8"], ["dqn, batch size 8", "iqn"]):
-        status, _, error = run_command(monkeypatch, capsys, "compare", *wrong, *flags)
-        assert status == 2 and error.count("\n") == 1
+    for wrong in (["dqn", "qrdqn"], ["dqn, batch size 8", "dqn, batch size 8"]):
+        refused("compare", *wrong, *flags)
 
 
 PROBE = """
 <script>
 window.addEventListener("load", () => {
-  const found = {errors: window.errors, sorts: {}, images: [...document.images].map(x => x.naturalWidth > 100)};
+  const found = {errors: window.errors, sorts: [], images: [...document.images].map(x => x.naturalWidth > 100)};
   found.outside = [...document.querySelectorAll("[src], [href]")].filter(x => !x.src.startsWith("data:"));
-  for (const table of document.querySelectorAll("table")) {
-    found.sorts[table.id] = [...table.querySelectorAll("th")].map((head, column) => {
-      const cells = () => [...table.tBodies[0].rows].map(row => row.cells[column]);
-      const read = () => cells().map(cell => cell.dataset.value ?? cell.textContent);
+  for (const head of document.querySelectorAll("th")) {
+    const cells = () => [...head.closest("table").tBodies[0].rows].map(row => row.cells[head.cellIndex]);
+    const sorted = () => {
       head.click();
-      const up = read(), mark = head.getAttribute("aria-sort");
-      head.click();
-      return {up, mark, down: read(), then: head.getAttribute("aria-sort")};
-    });
+      return [head.getAttribute("aria-sort"), cells().map(cell => cell.dataset.value ?? cell.textContent)];
+    };
+    found.sorts.push([sorted(), sorted()]);
   }
   const answer = document.createElement("pre");
   answer.id = "answer";
@@ -770,28 +716,21 @@ def test_the_page_in_a_browser(reported, tmp_path):
     """No script fails, nothing is fetched, every picture shows, and every column of every table sorts both ways."""
     page = (reported / "report.html").read_text()
     (tmp_path / "page.html").write_text(page.replace("<meta", CATCH + "<meta", 1).replace("</html>", PROBE + "</html>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += [
-        "--disable-background-networking",
-        "--disable-component-update",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    flags += ["--virtual-time-budget=10000", "--dump-dom", (tmp_path / "page.html").as_uri()]
-    done = subprocess.run([BROWSER, *flags], capture_output=True, text=True, timeout=120)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
+    command = [BROWSER, *flags, (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     answer = done.stdout.partition('<pre id="answer">')[2].partition("</pre>")[0]
     found = json.loads(html.unescape(answer))
     assert found["errors"] == [] and found["outside"] == []
     assert len(found["images"]) == 10 and all(found["images"])
-    assert set(found["sorts"]) == {"aggregates", "improvement", "games", "curves"}
-    for columns in found["sorts"].values():
-        for column in columns:
-            assert (column["mark"], column["then"]) == ("ascending", "descending")
-            known = [value for value in column["up"] if value != ""]
-            try:
-                known = [float(value) for value in known]
-                numbers = [float(value) for value in column["down"] if value != ""]
-                assert known == sorted(known) and numbers == sorted(known, reverse=True)
-            except ValueError:
-                assert sorted(known) == sorted(column["down"]) and known[0] <= known[-1]
-            blanks = len(column["up"]) - len(known)
-            assert all(value == "" for value in column["up"][len(known) :]) and blanks == column["down"].count("")
+    assert len(found["sorts"]) > 20
+    for (mark, up), (then, down) in found["sorts"]:
+        assert (mark, then) == ("ascending", "descending")
+        known = [value for value in up if value != ""]  # what is not known comes last
+        assert up == known + [""] * (len(up) - len(known))
+        assert sorted(up) == sorted(down)
+        with contextlib.suppress(ValueError):
+            numbers = [float(value) for value in known]
+            assert numbers == sorted(numbers)
+            assert [float(value) for value in down if value != ""] == numbers[::-1]

@@ -115,24 +115,6 @@ def test_agents_know_the_flags_of_their_benchmark(benchmark, script):
         module.Args(env_id=args.games[0], total_timesteps=args.total_timesteps, **flags)
 
 
-def test_the_short_settings_are_those_of_the_brief_run(script):
-    learning = script("learning")
-    flags = learning.FLAGS["short"] | learning.OWN_FLAGS["rainbow"]
-    assert flags == {
-        "learning_rate": 2.5e-4,
-        "adam_eps": 3.125e-4,
-        "buffer_size": 100_000,
-        "learning_starts": 1_000,
-        "target_network_frequency": 1_000,
-        "exploration_steps": 50_000,
-        "eval_episodes": 10,
-        "v_min": -100.0,
-        "v_max": 100.0,
-    }
-    assert learning.Args("short").total_timesteps == 100_000
-    assert learning.Args("short").batch_sizes == (8,)
-
-
 def test_a_finished_run_of_the_same_flags_is_found(script, dqn, tmp_path, monkeypatch):
     learning = script("learning")
     monkeypatch.chdir(tmp_path)

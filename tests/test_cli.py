@@ -18,14 +18,9 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import tyro
-from conftest import AGENTS, ONLINE, ROOT, load, make_args
+from conftest import AGENTS, ROOT, load, make_args
 
 each_agent = pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def help_texts(path):
@@ -40,24 +35,13 @@ def make(module, **flags):
     return module.Args(**flags)
 
 
-def refused(capsys, module, **flags):
-    """The one sentence with which these flags are refused."""
-    with pytest.raises(SystemExit) as exit_:
-        make(module, **flags)
-    assert exit_.value.code == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert re.fullmatch(r"error: .+\n", output.err)
-    return output.err
-
-
 # ---- wrong flags
 MAY_BE_ZERO = ["seed", "noop_max", "exploration_steps"]  # and those whose help says what 0 means
 NO_SHARES = ["v_min", "v_max", "target_noise_std", "spr_weight", "cql_alpha", "dr3_coefficient"]
 
 
 @each_agent
-def test_numbers_out_of_range_are_refused(path, capsys):
+def test_numbers_out_of_range_are_refused(path, refused):
     """One rule: counts from 1, or 0 where that means none, shares from 0 to 1; nothing is NaN, infinite or huge."""
     module = load(path)
     texts = help_texts(path)
@@ -75,20 +59,18 @@ def test_numbers_out_of_range_are_refused(path, capsys):
             if field.name not in NO_SHARES:
                 wrong += [-0.01, 1.01]
         for value in wrong:
-            error = refused(capsys, module, **{field.name: value})
+            error = refused(make, module, **{field.name: value})
             assert error.startswith(f"error: --{field.name.replace('_', '-')} is {value}: it must be from ")
             tried += 1
     assert tried > 90
 
 
-@pytest.mark.parametrize("path", ONLINE, ids=lambda path: path.stem)
-@pytest.mark.parametrize("n_step", [5, 10])
-def test_a_return_must_fit_into_the_ring_the_games_and_the_steps_before_learning(path, n_step, capsys):
-    module = load(path)
+def test_a_return_must_fit_into_the_ring_the_games_and_the_steps_before_learning(agent, refused):
+    n_step = 10
     least = {"buffer_size": 2 * (n_step + 6), "max_episode_steps": n_step, "learning_starts": n_step}
-    make(module, n_step=n_step, **least)
+    make(agent, n_step=n_step, **least)
     for name in least:
-        error = refused(capsys, module, n_step=n_step, **{name: least[name] - 1})
+        error = refused(make, agent, n_step=n_step, **{name: least[name] - 1})
         assert f"--n-step is {n_step}" in error
         assert f"--{name.replace('_', '-')}" in error
         assert f"allow {n_step - 1}." in error
@@ -98,37 +80,34 @@ def test_a_return_must_fit_into_the_ring_the_games_and_the_steps_before_learning
     ("name", "flags", "words"),
     [
         ("qrdqn", {"batch_divisor": 5}, "--batch-divisor is 5: it must divide --batch-size, 32"),
-        ("qrdqn", {"batch_divisor": 64}, "--batch-divisor is 64: it must divide --batch-size, 32"),
         ("rainbow", {"v_min": 5.0}, "--v-min is 5.0: it must be from -1000000.0 to 0"),
         ("rainbow", {"v_max": 0.0}, "--v-max is 0.0"),
         ("rainbow", {"n_atoms": 1}, "--n-atoms is 1: it must be from 2"),
-        ("der", {"n_atoms": 1}, "--n-atoms is 1: it must be from 2"),
         ("drq_eps", {"image_pad": 43}, "--image-pad is 43: it must be from 0 to 42"),
         ("spr", {"n_step": 4}, "--spr-steps is 5: it must be at most --n-step, 4"),
         ("cql_offline", {"dataset_dir": None}, "--dataset-dir is missing"),
         ("cql_offline", {"train_frequency": 3}, "--train-frequency is 3: it must divide"),
         ("cql_offline", {"data_fraction": 0.0}, "--data-fraction is 0.0"),
+        ("cql_offline", {"n_atoms": 1}, "--n-atoms is 1: it must be from 2"),
     ],
 )
-def test_wrong_settings_of_one_agent(name, flags, words, capsys):
-    assert words in refused(capsys, load(ROOT / "agents" / f"{name}.py"), **flags)
+def test_wrong_settings_of_one_agent(name, flags, words, refused):
+    assert words in refused(make, load(ROOT / "agents" / f"{name}.py"), **flags)
 
 
 @each_agent
-def test_track_needs_wandb(path, monkeypatch, capsys):
+def test_track_needs_wandb(path, monkeypatch, refused):
     module = load(path)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    assert "--track needs wandb: pip install wandb" in refused(capsys, module, track=True)
+    assert "--track needs wandb: pip install wandb" in refused(make, module, track=True)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--no-such-flag", "3"], "--no-such-flag"),
-        (["--n-step", "two"], "--n-step"),
         (["--seed", "1.5"], "--seed"),
         (["--network", "resnet"], "--network"),
-        (["--batch-size"], "--batch-size"),
     ],
 )
 def test_words_that_are_no_flags_or_values(dqn, flags, words, capsys):
@@ -152,16 +131,11 @@ for line in sys.stdin:
 NO_GAME = "it must be ALE/<Game>-v5 or MinAtar/<Game>-v1"
 WRONG = [
     (["--batch-size", "0"], "--batch-size is 0: it must be from 1 to 2147483647"),
-    (["--learning-rate", "nan"], "--learning-rate is nan"),
-    (["--n-step", "0"], "--n-step is 0"),
     (["--buffer-size", "2000000000", "--total-timesteps", "2000000000"], "GB are free: lower --buffer-size"),
     (["--resume", "nowhere"], "nowhere"),
     (["--env-id", "CartPole-v1"], f"--env-id is CartPole-v1: {NO_GAME}"),
-    (["--env-id", "Pong-v5"], f"--env-id is Pong-v5: {NO_GAME}"),
     (["--env-id", "PongNoFrameskip-v4"], f"--env-id is PongNoFrameskip-v4: {NO_GAME}"),
-    (["--env-id", ""], NO_GAME),
     (["--env-id", "ALE/Pong-v4"], "ALE/Pong-v4"),
-    (["--env-id", "ALE/Pong"], "ALE/Pong"),
     (["--env-id", "ALE/Po:ng-v5"], "ALE/Po:ng-v5"),
     (["--env-id", "ALE/Pogn-v5"], "Did you mean: `Pong`?"),
     (["--env-id", "MinAtar/Breakout-v0"], "MinAtar/Breakout-v0"),  # all actions, also those without effect
@@ -182,12 +156,9 @@ def test_a_wrong_flag_is_one_line_and_leaves_nothing(tmp_path):
     assert os.listdir() == ["dqn.py"]
 
 
-def test_a_game_that_is_not_installed(dqn, monkeypatch, capsys):
+def test_a_game_that_is_not_installed(dqn, monkeypatch, refused):
     monkeypatch.setattr(dqn.ale_py.roms, "get_rom_path", lambda name: None)
-    with pytest.raises(SystemExit) as exit_:
-        dqn.train(make_args(dqn, env_id="ALE/Breakout-v5"))
-    assert exit_.value.code == 2
-    assert re.fullmatch(r"error: --env-id is ALE/Breakout-v5: .+\n", capsys.readouterr().err)
+    assert "--env-id is ALE/Breakout-v5: " in refused(dqn.train, make_args(dqn, env_id="ALE/Breakout-v5"))
 
 
 def test_a_game_without_a_cap_starts(dqn):

@@ -14,11 +14,6 @@ NAMES = ["loss_variance", "gradient_norm", "representation_norm", "srank", "dorm
 TAGS = [f"diagnostics/{name}" for name in NAMES]
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def noisy(module):
     return {"noisy": True, "dueling": True} if name_of(module) == "rainbow" else {}
 

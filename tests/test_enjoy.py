@@ -1,11 +1,13 @@
 """enjoy.py plays a run's weights: the games of its evaluation, their pictures, and one sentence for what is wrong."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import cv2
 import imageio_ffmpeg
@@ -13,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import AGENTS, ROOT, load, make_args, name_of, scalars
+from conftest import ROOT, Bomb, load, make_args, name_of, scalars
 
 import enjoy
 
@@ -22,9 +24,8 @@ FLAGS = {"env_id": "MinAtar/SpaceInvaders-v1", "eval_epsilon": 0.5, "save_model"
 
 
 @pytest.fixture
-def make_run(tmp_path, monkeypatch):
+def make_run(tmp_path):
     """A function that trains an agent for some steps and returns the run's folder."""
-    monkeypatch.chdir(tmp_path)
 
     def make(module, **flags):
         return tmp_path / module.train(make_args(module, **(FLAGS | {"total_timesteps": 120} | flags)))
@@ -32,15 +33,17 @@ def make_run(tmp_path, monkeypatch):
     return make
 
 
+def write_run(folder, module, network, args):
+    """A run's folder with the weights of a network that has learned nothing."""
+    (folder / "args.json").write_text(json.dumps({"agent": name_of(module), "args": asdict(args)}))
+    torch.save({"weights": network.state_dict()}, folder / "model.pt")
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path, dqn):
-    """A run's folder with the weights of a network that has learned nothing."""
     args = make_args(dqn, **FLAGS)
-    network = dqn.QNetwork((10, 10, 6), 4, args)
-    record = {"agent": "dqn", "args": asdict(args)}
-    (tmp_path / "args.json").write_text(json.dumps(record))
-    torch.save({"weights": network.state_dict()}, tmp_path / "model.pt")
-    return tmp_path
+    return write_run(tmp_path, dqn, dqn.QNetwork((10, 10, 6), 4, args), args)
 
 
 def frames_of(path) -> np.ndarray:
@@ -90,8 +93,7 @@ def test_weights_of_the_offline_agent_are_played(tmp_path):
     offline = load(ROOT / "agents" / "cql_offline.py")
     args = offline.Args(env_id="MinAtar/Breakout-v1", dataset_dir=str(tmp_path), cuda=False)
     network = offline.OfflineNetwork((10, 10, 4), 3, args)
-    (tmp_path / "args.json").write_text(json.dumps({"agent": "cql_offline", "args": asdict(args)}))
-    torch.save({"weights": network.state_dict()}, tmp_path / "model.pt")
+    write_run(tmp_path, offline, network, args)
     assert len(enjoy.main(enjoy.Args(tmp_path, episodes=2))) == 2
 
 
@@ -127,9 +129,7 @@ def test_a_video_shows_what_the_agent_sees_of_ale(name, tmp_path, monkeypatch):
     args = make_args(module, env_id="ALE/Pong-v5", max_episode_steps=60, eval_epsilon=1.0)
     [network_class] = [item for item in vars(module).values() if hasattr(item, "q_values")]
     network = network_class((4, 84, 84), 6, args)
-    (tmp_path / "args.json").write_text(json.dumps({"agent": name, "args": asdict(args)}))
-    torch.save({"weights": network.state_dict()}, tmp_path / "model.pt")
-
+    write_run(tmp_path, module, network, args)
     seen = watch_act(monkeypatch, name)
     enjoy.main(enjoy.Args(tmp_path, episodes=2, video=tmp_path / "games.mp4"))
     frames = frames_of(tmp_path / "games.mp4")
@@ -148,46 +148,21 @@ def test_a_video_shows_what_the_agent_sees_of_ale(name, tmp_path, monkeypatch):
     assert np.diagonal(distances, 3).mean() > 1.3 * same_time.mean()  # so that another time would be seen
 
 
-def test_a_window_needs_a_display(folder, monkeypatch, capsys):
+def test_a_window_needs_a_display(folder, monkeypatch, refused):
     monkeypatch.delenv("DISPLAY", raising=False)
     plt.switch_backend("agg")
-    with pytest.raises(SystemExit) as stop:
-        enjoy.main(enjoy.Args(folder, render=True))
-    assert stop.value.code == 2
-    assert "display" in capsys.readouterr().err
+    assert "display" in refused(enjoy.main, enjoy.Args(folder, render=True))
 
 
 # ---- what is wrong
-def no_folder(folder):
-    return folder / "missing"
+def changed_record(**facts):
+    """A function that writes other facts into args.json."""
 
+    def change(folder):
+        record = json.loads((folder / "args.json").read_text())
+        (folder / "args.json").write_text(json.dumps(record | facts))
 
-def no_args(folder):
-    (folder / "args.json").unlink()
-
-
-def damaged_args(folder):
-    (folder / "args.json").write_text('{"agent": "dqn"')
-
-
-def unknown_agent(folder):
-    record = json.loads((folder / "args.json").read_text())
-    (folder / "args.json").write_text(json.dumps(record | {"agent": "../enjoy"}))
-
-
-def flags_of_another_version(folder):
-    record = json.loads((folder / "args.json").read_text())
-    record["args"]["record_dataset"] = None
-    (folder / "args.json").write_text(json.dumps(record))
-
-
-def no_weights(folder):
-    (folder / "model.pt").unlink()
-
-
-def cut_weights(folder):
-    path = folder / "model.pt"
-    path.write_bytes(path.read_bytes()[:-1_000])
+    return change
 
 
 def flipped_weights(folder):
@@ -196,61 +171,40 @@ def flipped_weights(folder):
     (folder / "model.pt").write_bytes(data)
 
 
-def pickled_weights(folder):
-    torch.save({"weights": no_folder}, folder / "model.pt")
+OTHER = {"head.weight": torch.zeros(3, 3)}
+WRONG = [
+    (lambda folder: (folder / "args.json").unlink(), "has no args.json"),
+    (lambda folder: (folder / "args.json").write_text('{"agent": "dqn"'), "args.json is damaged"),
+    (changed_record(agent="../enjoy"), "a run of ../enjoy: there is no"),
+    (changed_record(args={"record_dataset": None}), "record_dataset"),  # another version's flag
+    (lambda folder: (folder / "model.pt").unlink(), "neither model.pt nor checkpoint.pt"),
+    (lambda folder: os.truncate(folder / "model.pt", 1_000), "model.pt cannot be read"),
+    (flipped_weights, "model.pt cannot be read"),
+    (lambda folder: torch.save({"weights": Bomb()}, folder / "model.pt"), "model.pt cannot be read"),
+    (lambda folder: torch.save({"weights": OTHER}, folder / "model.pt"), "weights of another network"),
+    (lambda folder: (folder / "model.pt").rename(folder / "checkpoint.pt"), "checkpoint.pt cannot be read"),
+]
 
 
-def other_weights(folder):
-    torch.save({"weights": {"head.weight": torch.zeros(3, 3)}}, folder / "model.pt")
+@pytest.mark.parametrize(("spoil", "words"), WRONG, ids=[words for _, words in WRONG])
+def test_a_spoiled_folder_is_one_sentence(spoil, words, folder, refused):
+    spoil(folder)
+    assert words in refused(enjoy.main, enjoy.Args(folder, episodes=1, video=folder / "new.mp4"))
 
 
-def other_checkpoint(folder):
-    (folder / "model.pt").rename(folder / "checkpoint.pt")
+def test_no_folder(folder, refused):
+    assert "missing is no folder" in refused(enjoy.main, enjoy.Args(folder / "missing"))
 
 
-WRONG = {
-    no_folder: "missing is no folder",
-    no_args: "has no args.json",
-    damaged_args: "args.json is damaged",
-    unknown_agent: "a run of ../enjoy: there is no",
-    flags_of_another_version: "record_dataset",
-    no_weights: "neither model.pt nor checkpoint.pt",
-    cut_weights: "model.pt cannot be read",
-    flipped_weights: "model.pt cannot be read",
-    pickled_weights: "model.pt cannot be read",
-    other_weights: "weights of another network",
-    other_checkpoint: "checkpoint.pt cannot be read",
-}
-
-
-@pytest.mark.parametrize("spoil", WRONG, ids=lambda spoil: spoil.__name__)
-def test_a_spoiled_folder_is_one_sentence(spoil, folder, capsys):
-    run = spoil(folder) or folder
-    with pytest.raises(SystemExit) as stop:
-        enjoy.main(enjoy.Args(run, episodes=1, video=folder / "new.mp4"))
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert WRONG[spoil] in error and error.count("\n") == 1
-    assert not (folder / "new.mp4").exists()
-
-
-@pytest.mark.parametrize("flags", [{"episodes": 0}, {"seed": -1}, {"epsilon": 2.0}, {"video": "x.gif"}])
-def test_wrong_flags_are_one_sentence(flags, folder, capsys):
-    flags = {name: folder / value if name == "video" else value for name, value in flags.items()}
-    with pytest.raises(SystemExit) as stop:
-        enjoy.Args(folder, **flags)
-    assert stop.value.code == 2
-    assert next(iter(flags)) in capsys.readouterr().err
+@pytest.mark.parametrize("flags", [{"episodes": 0}, {"seed": -1}, {"epsilon": 2.0}, {"video": Path("x.gif")}])
+def test_wrong_flags_are_one_sentence(flags, folder, refused):
+    assert next(iter(flags)) in refused(enjoy.Args, folder, **flags)
 
 
 @pytest.mark.parametrize("name", ["there.mp4", "there.mp4/inside.mp4"])
-def test_no_file_is_overwritten(name, folder, capsys):
+def test_no_file_is_overwritten(name, folder, refused):
     (folder / "there.mp4").write_text("precious")
-    with pytest.raises(SystemExit) as stop:
-        enjoy.main(enjoy.Args(folder, episodes=1, video=folder / name))
-    assert stop.value.code == 2
-    assert "exists" in capsys.readouterr().err
-    assert (folder / "there.mp4").read_text() == "precious"
+    assert "exists" in refused(lambda: enjoy.main(enjoy.Args(folder, episodes=1, video=folder / name)))
 
 
 def test_the_command_line_plays_until_ctrl_c(folder):
@@ -263,10 +217,3 @@ def test_the_command_line_plays_until_ctrl_c(folder):
     games = int(re.search(r"of (\d+) games", rest)[1])
     assert f"game {games}: " in rest or games == 1
     assert len(frames_of(folder / "games.mp4")) > games
-
-
-def test_every_agent_has_what_enjoy_asks_of_it():
-    for path in AGENTS:
-        module = load(path)
-        assert all(hasattr(module, name) for name in ("Args", "make_env", "reset", "act")), path
-        assert len([item for item in vars(module).values() if hasattr(item, "q_values")]) == 1, path

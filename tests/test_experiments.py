@@ -619,11 +619,10 @@ def wait_for(condition, seconds):
         time.sleep(0.2)
 
 
-def requeue(array, command):
-    """Let a task of the array be stopped in the middle, and start again at once."""
-    task = command[-1]
-    subprocess.run(command, check=True)
-    wait_for(lambda: "Restarts=1" in output_of("scontrol", "show", "job", task), 90)
+def stop_and_restart(task, times, *command):
+    """Let a task of an array be stopped in the middle, and start again without Slurm's pause."""
+    subprocess.run([*command, task], check=True)
+    wait_for(lambda: f"Restarts={times}" in output_of("scontrol", "show", "job", task), 90)
     wait_for(lambda: "JobState=PENDING" in output_of("scontrol", "show", "job", task), 60)
     subprocess.run(["scontrol", "update", f"jobid={task}", "StartTime=now"], check=True)
 
@@ -649,12 +648,14 @@ def test_a_cluster(cluster, tmp_path):
     assert f"scancel {array}" in busy.stderr
 
     folder = tmp_path / "studies/smoke"
+    first = runs_of("small-batch", "smoke", {"total_timesteps": 1_200})[0]
+    log = local.log_of(first, folder)
     wait_for(lambda: list(folder.glob("runs/*/checkpoint.pt")), 120)
-    requeue(array, ["scontrol", "requeue", f"{array}_0"])
-    interrupted = [path.parent for path in folder.glob("runs/*/args.json") if not (path.parent / "finished").exists()]
-    assert interrupted
-    wait_for(lambda: list(folder.glob("runs/*qrdqn*/checkpoint.pt")), 120)
-    requeue(array, ["scancel", "--signal=USR2", f"{array}_1"])  # as Slurm does before the hours are over
+    stop_and_restart(f"{array}_0", 1, "scontrol", "requeue")
+    assert "stopped at step" in log.read_text()
+    wait_for(lambda: log.read_text().count("run folder") == 2, 200)
+    stop_and_restart(f"{array}_0", 2, "scancel", "--signal=USR2")  # as Slurm does before the hours are over
+    assert log.read_text().count("stopped at step") == 2
     wait_for(lambda: not output_of("squeue", "--noheader"), 400)
 
     here = experiments(*words, "--folder", "here", "--threads", "1", *flags, folder=tmp_path)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load, make_args
+from conftest import ROOT, flat, load, make_args
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.tensorboard import SummaryWriter
@@ -75,19 +75,7 @@ def checkpoint(tmp_path_factory):
     dqn.save(path, state)
     path.with_name("good.pt").write_bytes(path.read_bytes())
     del state["random"]  # they are set, not returned
-    path.with_name("good.txt").write_text(plain(state))
-    return dqn, path
-
-
-def plain(state) -> str:
-    """A state as text, floats and tensors to the last digit."""
-    if isinstance(state, torch.Tensor):
-        return f"{state.dtype}{state.tolist()}"
-    if isinstance(state, dict):
-        return f"{{{', '.join(f'{key!r}: {plain(value)}' for key, value in state.items())}}}"
-    if isinstance(state, list | tuple):
-        return f"[{', '.join(map(plain, state))}]"
-    return repr(state)
+    return dqn, path, flat(state)
 
 
 def read(dqn, path):
@@ -107,18 +95,18 @@ def read(dqn, path):
 @given(data=st.data())
 def test_a_checkpoint_of_any_bytes(checkpoint, data):
     """It has checksums: what is read is what was written."""
-    dqn, path = checkpoint
+    dqn, path, expected = checkpoint
     good = path.with_name("good.pt").read_bytes()
     path.write_bytes(data.draw(damaged(good) | st.binary(max_size=300)))
     found = read(dqn, path)
-    assert found is None or plain(found) == path.with_name("good.txt").read_text()
+    assert found is None or flat(found) == expected
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @given(data=st.data())
 def test_a_checkpoint_of_any_archive(checkpoint, data):
     """Files of it that somebody has changed, added or left out, with checksums that are right again."""
-    dqn, path = checkpoint
+    dqn, path, _ = checkpoint
     with zipfile.ZipFile(path.with_name("good.pt")) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     pickled = next(name for name in files if name.endswith("data.pkl"))
@@ -138,7 +126,7 @@ def test_a_checkpoint_of_any_archive(checkpoint, data):
 @given(data=st.data())
 def test_a_checkpoint_of_any_contents(checkpoint, data):
     """Whole, but somebody else's idea of a state."""
-    dqn, path = checkpoint
+    dqn, path, _ = checkpoint
     content = data.draw(JSON | st.dictionaries(st.sampled_from(["args", "optimizer", "replay"]), JSON))
     torch.save(content, path)
     read(dqn, path)
@@ -146,9 +134,9 @@ def test_a_checkpoint_of_any_contents(checkpoint, data):
 
 def test_a_checkpoint_is_read_as_it_was_written(checkpoint):
     """Else the tests above would pass with a reader that refuses all."""
-    dqn, path = checkpoint
+    dqn, path, expected = checkpoint
     path.write_bytes(path.with_name("good.pt").read_bytes())
-    assert plain(read(dqn, path)) == path.with_name("good.txt").read_text()
+    assert flat(read(dqn, path)) == expected
 
 
 # ---- what the analysis reads

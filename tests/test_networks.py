@@ -151,32 +151,6 @@ def test_pixels(dqn):
     assert torch.equal(dqn.Pixels()(images), images)
 
 
-def outputs(network, obs):
-    """All that a network computes, every way into it."""
-    if hasattr(network, "embedding"):
-        return network(obs, torch.linspace(0.1, 0.9, 5).repeat(len(obs), 1))
-    if hasattr(network, "encode"):
-        latents = network.encode(obs)
-        after = network.advance(latents, torch.arange(len(obs)))
-        predictions = network.predictor(network.projection(after))
-        return torch.cat([network(obs).flatten(1), latents, after, predictions], dim=1)
-    return network(obs)
-
-
-def test_channels_last_changes_nothing_but_speed(agent):
-    cases = [(ALE, "nature"), (MINATAR, "nature")]
-    if name_of(agent) == "dqn":
-        cases += [(ALE, "dopamine"), (ALE, "impala")]  # with padding, with pooling
-    for shape, name in cases:
-        network = make_network(agent, shape, network=name)
-        obs = random_obs(shape)
-        expected = outputs(network, obs)
-        network.to("cpu", memory_format=torch.channels_last)
-        convs = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
-        assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convs)
-        torch.testing.assert_close(outputs(network, obs), expected, atol=2e-5, rtol=1e-5)
-
-
 def test_initialisation(agent):
     """Xavier uniform, for rainbow, qrdqn and iqn uniform with variance 1 / (sqrt(3) fan_in); biases zero; seeded.
 
@@ -280,16 +254,6 @@ def test_noise_is_drawn_for_acting_and_never_in_evaluation(rainbow, der, spr):
     before = torch.get_rng_state()
     assert torch.equal(quiet.q_values(obs), quiet.q_values(obs))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_networks_share_a_draw_of_noise(rainbow):
-    one, two = [make_network(rainbow, MINATAR, noisy=True, dueling=True, seed=seed) for seed in (1, 2)]
-    pairs = list(zip([one.dense[0], one.head, one.value], [two.dense[0], two.head, two.value], strict=True))
-    rainbow.draw_noise(one, two)
-    assert all(torch.equal(a.noise, b.noise) and a.noise.all() for a, b in pairs)
-    assert not torch.equal(one.head.noise[:128], one.value.noise[:128])  # each layer has its own
-    rainbow.draw_noise(one)
-    assert not any(torch.equal(a.noise, b.noise) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", ["rainbow", "rainbow without C51", "der", "drq_eps", "spr"])

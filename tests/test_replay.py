@@ -194,22 +194,6 @@ def test_every_sampled_transition(qrdqn, capacity, n_step, stack, kind):
     assert replay.full == (capacity < 500)
 
 
-def test_by_hand(dqn):
-    """The last starts before a termination have shorter returns; a truncation bootstraps from its last observation."""
-    script = Script([5, 4], ["terminal", "truncation"])
-    replay = make_replay(dqn, "FrameReplay", 50, 3)
-    script.play(replay)
-    assert np.flatnonzero(replay.ready).tolist() == [0, 1, 2, 3, 4, 5, 6]
-    batch = sample_rows(replay, range(7))
-    r = [script.rewards[0, t] for t in range(5)] + [script.rewards[1, t] for t in range(4)]
-    assert batch.rewards[1].item() == pytest.approx(r[1] + 0.9 * r[2] + 0.81 * r[3], abs=1e-6)
-    assert batch.rewards[3].item() == pytest.approx(r[3] + 0.9 * r[4], abs=1e-6)
-    assert batch.rewards[4].item() == pytest.approx(r[4], abs=1e-6)
-    assert batch.rewards[6].item() == pytest.approx(r[6] + 0.9 * r[7] + 0.81 * r[8], abs=1e-6)
-    assert batch.discounts.tolist() == pytest.approx([0.729, 0.729, 0, 0, 0, 0.729, 0.729])
-    np.testing.assert_array_equal(batch.next_obs[6], script.obs(1, 4))
-
-
 def test_long_episodes(dqn):
     """A step's place in its episode is more than a byte."""
     script = Script([600], ["terminal"])

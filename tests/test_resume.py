@@ -6,7 +6,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import resource
@@ -19,26 +18,14 @@ import types
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ONLINE, make_args, scalars
-from tensorboard.summary.writer import event_file_writer
+from conftest import ONLINE, Bomb, check_same, contents, in_call, logged, make_args, stop_in_step, stopped
 
 from analysis.runs import read_folder
 
 
 # ---- runs of a size for a test
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    # a run's logs are read in the order of their names, which are a second and a number
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(10**9))
-    yield
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
 def small(module, **flags):
     """The flags of a run that has all that a checkpoint holds: games, updates, diagnostics, a ring that is full."""
     own = {
@@ -72,23 +59,6 @@ def whole(tmp_path_factory):
     return train
 
 
-def in_step(module, patch, number, action):
-    """Do something in the step of this number, counted from now."""
-    add = module.FrameReplay.add
-    numbers = itertools.count(1)
-
-    def spied(*args):
-        if next(numbers) == number:
-            action()
-        return add(*args)
-
-    patch.setattr(module.FrameReplay, "add", spied)
-
-
-def stop_in_step(module, patch, number):
-    in_step(module, patch, number, lambda: module.STOPPED_BY.append(signal.SIGTERM))
-
-
 def stop_in_evaluation(module, patch, step):
     """After the first game of the evaluation of this step."""
     reset = module.reset
@@ -105,16 +75,6 @@ def stop_at_once(module, patch):
     module.STOPPED_BY.append(signal.SIGTERM)
 
 
-def stopped(module, args, when, *place):
-    """Train until `when` ends the run; return the folder."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
-        patch.setattr(module, "STOPPED_BY", [])
-        when(module, patch, *place)
-        module.train(args)
-    assert exit_.value.code == 143
-    return max(Path("runs").iterdir())
-
-
 def resumed(module, folder, **flags):
     return module.train(small(module, resume=str(folder), **flags))
 
@@ -128,49 +88,6 @@ def newest():
     return [path.stat().st_mtime_ns for path in there_is("*/checkpoint.pt")()]
 
 
-# ---- what is compared
-def flat(value, name=""):
-    """{place: value} of nested containers; a tensor as its type, shape and bytes."""
-    if isinstance(value, torch.Tensor):
-        return {name: (value.dtype, value.shape, value.numpy().tobytes())}
-    if not isinstance(value, dict | list | tuple):
-        return {name: value}
-    found = {}
-    parts = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, part in parts:
-        found.update(flat(part, f"{name}/{key}"))
-    return found
-
-
-def contents(folder):
-    """A checkpoint by place, but for the flags that do not change a run's course."""
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    for flag in ("resume", "checkpoint_frequency"):
-        del state["args"][flag]
-    return flat(state)
-
-
-def logged(folder):
-    """{tag: [(step, value), ...]}, but for the speed."""
-    found = scalars(folder)
-    found.pop("charts/SPS", None)
-    return found
-
-
-def check_same(one, other):
-    """Two runs ended alike: weights, moments, replay, priorities, random states, counters and log."""
-    left, right = contents(one), contents(other)
-    assert left.keys() == right.keys()
-    assert [place for place in left if left[place] != right[place]] == []
-    assert {"/random/torch", "/replay/observations", "/optimizer/state/0/exp_avg"} < left.keys()
-
-    assert logged(one) == logged(other)
-    for tag, series in read_folder(one, None).series.items():  # the analysis' own reader agrees
-        assert series.steps.tolist() == read_folder(other, None).series[tag].steps.tolist()
-    assert (one / "finished").exists()
-    assert (other / "finished").exists()
-
-
 # ---- stopped and resumed
 def test_stopped_and_resumed(agent, whole):
     """Before the first update, between two, and when the ring is full."""
@@ -180,6 +97,9 @@ def test_stopped_and_resumed(agent, whole):
     resumed(agent, folder)
     check_same(whole(agent), folder)
     assert len(list(Path("runs").iterdir())) == 1
+    expected = read_folder(whole(agent), None).series  # the analysis' own reader agrees
+    for tag, series in read_folder(folder, None).series.items():
+        assert series.steps.tolist() == expected[tag].steps.tolist()
 
 
 def test_an_evaluation_is_made_anew(agent, whole):
@@ -218,14 +138,6 @@ def test_in_the_middle_of_a_life(der, whole):
     check_same(whole(der, **flags), folder)
 
 
-def test_a_signal_in_the_last_step(dqn, whole):
-    folder = stopped(dqn, small(dqn), stop_in_step, 300)
-    assert not (folder / "finished").exists()
-    assert [step for step, _ in logged(folder)["eval/episodic_return"]] == [120, 240]
-    resumed(dqn, folder)
-    check_same(whole(dqn), folder)
-
-
 def test_a_signal_before_the_first_step(dqn, whole, capsys):
     folder = stopped(dqn, small(dqn), stop_at_once)
     assert capsys.readouterr().out.splitlines()[-1] == "stopped at step 0: there is no checkpoint"
@@ -246,10 +158,8 @@ def test_without_checkpoints(dqn, capsys):
     flags = {"checkpoint_frequency": 0, "eval_episodes": 0}
     folder = dqn.train(small(dqn, **flags))
     assert sorted(path.name.split(".")[0] for path in folder.iterdir()) == ["args", "events", "finished"]
-
-    folder = stopped(dqn, small(dqn, **flags), stop_in_step, 120)
+    stopped(dqn, small(dqn, **flags), stop_in_step, 120)
     assert capsys.readouterr().out.splitlines()[-1] == "stopped at step 120: there is no checkpoint"
-    assert sorted(path.name.split(".")[0] for path in folder.iterdir()) == ["args", "events"]
 
 
 def test_auto(dqn):
@@ -320,6 +230,13 @@ def kill(process):
     time.sleep(1)  # the next log has another second in its name
 
 
+@pytest.fixture(autouse=True)
+def no_child_survives():
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
@@ -349,17 +266,6 @@ def test_a_signal_in_training(dqn, number, status):
     assert contents(Path(folder))["/global_step"] == int(step.replace(",", "")) + 10
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_in_an_evaluation(dqn, number, status):
-    process = start(dqn, small(dqn, eval_frequency=0, eval_episodes=1_000_000))
-    wait_for(there_is("*/checkpoint.pt"))
-    time.sleep(0.3)
-    os.kill(process.pid, number)
-    process.join(120)
-    assert process.exitcode == status
-    assert not there_is("*/finished")()
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
 def test_a_second_signal(dqn, number, status):
     """Ctrl-C ends at once, SIGTERM does not: `timeout` sends it to a process and to its group."""
@@ -371,19 +277,6 @@ def test_a_second_signal(dqn, number, status):
     os.kill(process.pid, number)
     process.join(120)
     assert process.exitcode == status
-
-
-def test_killed_after_a_checkpoint(qrdqn, whole):
-    torch.set_num_threads(1)
-    flags = {"total_timesteps": 1_000, "checkpoint_frequency": 200}
-    process = start(qrdqn, small(qrdqn, **flags))
-    wait_for(there_is("*/checkpoint.pt"))
-    time.sleep(0.1)
-    kill(process)
-    (folder,) = there_is("*")()
-    assert 200 <= contents(folder)["/global_step"] < 1_000
-    assert resumed(qrdqn, "auto", **flags) == folder
-    check_same(whole(qrdqn, **flags), folder)
 
 
 @pytest.mark.long
@@ -442,7 +335,7 @@ def test_a_full_disk(dqn, whole, monkeypatch, capsys):
         kept.update({path: path.read_bytes() for path in folder.glob("*.pt")})
 
     with limited_files(100_000) as limit:
-        in_step(dqn, monkeypatch, 250, fill)
+        in_call(monkeypatch, dqn.FrameReplay, "add", 250, fill)
         folder = dqn.train(small(dqn, **flags))
     said = capsys.readouterr().out
     assert said.count(f"warning: {folder}/checkpoint.pt is not written, and the one before stands") == 1
@@ -511,14 +404,15 @@ def test_a_checkpoint_that_was_read_is_let_go(agent, monkeypatch):
     flags = {"checkpoint_frequency": 10, "total_timesteps": 150, "eval_episodes": 0}
     folder = stopped(agent, small(agent, **flags), stop_in_step, 115)
     maps = []
-    in_step(agent, monkeypatch, 30, lambda: maps.extend(Path("/proc/self/maps").read_text().splitlines()))
+    read = lambda: maps.extend(Path("/proc/self/maps").read_text().splitlines())  # noqa: E731
+    in_call(monkeypatch, agent.FrameReplay, "add", 30, read)
     resumed(agent, folder, **flags)
     assert len(maps) > 100
     assert [line for line in maps if str(folder) in line] == []
 
 
-def test_a_loss_that_is_not_finite(agent, monkeypatch, capsys):
-    """The run ends, and the checkpoint that it names is from before."""
+def test_a_loss_that_is_not_finite(agent, monkeypatch, refused):
+    """The run ends before its diagnosis, and the checkpoint that it names is from before."""
     (name,) = [name for name in vars(agent) if name.endswith("_loss") and name != "prediction_loss"]
     real_loss = getattr(agent, name)
     numbers = itertools.count(1)
@@ -528,21 +422,18 @@ def test_a_loss_that_is_not_finite(agent, monkeypatch, capsys):
         return losses * (math.nan if next(numbers) > 20 else 1), q_values
 
     monkeypatch.setattr(agent, name, spied)
-    with pytest.raises(SystemExit) as exit_:
-        agent.train(small(agent, checkpoint_frequency=20))
-    assert exit_.value.code == 2
+    args = small(agent, checkpoint_frequency=20, diagnostics_frequency=4)
+    error = refused(agent.train, args, may_write=True)
     (folder,) = there_is("*")()
-    error = capsys.readouterr().err
     step = int(re.match(r"error: the loss is not finite at step (\d+);", error)[1])
     assert f"{folder}/checkpoint.pt" in error
-    assert error.count("\n") == 1
-
+    assert not (folder / "finished").exists()
     state = torch.load(folder / "checkpoint.pt")
     assert state["global_step"] == (step - 1) // 20 * 20 > 100
     assert all(weights.isfinite().all() for weights in state["q_network"].values())
 
 
-def test_a_gradient_that_is_not_finite(dqn, monkeypatch, capsys):
+def test_a_gradient_that_is_not_finite(dqn, monkeypatch, refused):
     """A finite loss may have one: no step is made with it, so that no checkpoint has weights that are none."""
     real_loss = dqn.td_loss
     numbers = itertools.count(1)
@@ -554,9 +445,8 @@ def test_a_gradient_that_is_not_finite(dqn, monkeypatch, capsys):
         return losses, q_values
 
     monkeypatch.setattr(dqn, "td_loss", spied)
-    with pytest.raises(SystemExit):
-        dqn.train(small(dqn, train_frequency=1, checkpoint_frequency=1))
-    assert "not finite at step" in capsys.readouterr().err
+    args = small(dqn, train_frequency=1, checkpoint_frequency=1)
+    assert "not finite at step" in refused(dqn.train, args, may_write=True)
     (folder,) = there_is("*")()
     state = torch.load(folder / "checkpoint.pt")
     assert all(weights.isfinite().all() for weights in state["q_network"].values())
@@ -579,104 +469,47 @@ def test_exact_resume_takes_at_most_70_lines(path):
 
 
 # ---- what is refused
-def files():
-    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+def without(part):
+    return lambda state: state.pop(part)
 
 
-def refused(module, capsys, **flags):
-    """The one sentence with which a run is refused; nothing on the disk has changed."""
-    before = files()
-    with pytest.raises(SystemExit) as exit_:
-        module.train(small(module, **flags))
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert files() == before
-    return error
+def a_pickle(state):
+    state["updates"] = Bomb()
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.system, ("touch it_ran",)
+def of_another_network(state):
+    state["q_network"]["head.bias"] = torch.zeros(99)
 
 
-def test_damaged_checkpoints(dqn, capsys):
-    folder = stopped(dqn, small(dqn), stop_in_step, 220)
-    path = folder / "checkpoint.pt"
-    good = path.read_bytes()
-    for content in [b"", good[:100], good[: len(good) // 2], good[:-1], good[1:], bytes(1_000), pickle.dumps({})]:
-        path.write_bytes(content)
-        assert f"{path} cannot be read as a checkpoint" in refused(dqn, capsys, resume=str(folder))
-
-
-def test_flipped_bits(dqn, capsys):
-    """One anywhere: the checkpoint is refused, or it was in what does not matter."""
-    folder = stopped(dqn, small(dqn), stop_in_step, 220)
-    path = folder / "checkpoint.pt"
-    good = path.read_bytes()
-    original = flat(dqn.load_checkpoint(path, small(dqn), {}, np.random.default_rng(0)))
-    rng = random.Random(0)
-    caught = 0
-    for _ in range(50):
-        flipped = bytearray(good)
-        flipped[rng.randrange(len(good))] ^= 1 << rng.randrange(8)
-        path.write_bytes(flipped)
-        try:
-            assert flat(dqn.load_checkpoint(path, small(dqn), {}, np.random.default_rng(0))) == original
-        except SystemExit:
-            caught += 1
-    assert caught > 40
-    assert capsys.readouterr().err.count("cannot be read as a checkpoint") == caught
-
-
-def test_foreign_archives(dqn, capsys):
+def test_checkpoints_that_are_none(dqn, refused):
+    """Damaged (test_fuzz.py has more), of another kind, incomplete, or a stranger's: refused, and no code is run."""
     folder = stopped(dqn, small(dqn, save_model=True), stop_in_step, 220)
     path = folder / "checkpoint.pt"
-    path.write_bytes((folder / "model.pt").read_bytes())
-    assert "cannot be read as a checkpoint" in refused(dqn, capsys, save_model=True, resume=str(folder))
-    with open(path, "wb") as file:
-        np.savez(file, optimizer=np.zeros(3))
-    assert "cannot be read as a checkpoint" in refused(dqn, capsys, save_model=True, resume=str(folder))
-
-
-def test_a_stranger_s_checkpoint_runs_no_code(dqn, capsys):
-    folder = stopped(dqn, small(dqn), stop_in_step, 220)
-    path = folder / "checkpoint.pt"
-    state = torch.load(path)
-    state["updates"] = Bomb()
-    torch.save(state, path)
-    assert "cannot be read as a checkpoint" in refused(dqn, capsys, resume=str(folder))
+    good = path.read_bytes()
+    args = small(dqn, save_model=True, resume=str(folder))
+    for content in [b"", good[: len(good) // 2], good[:-1], bytes(1_000), (folder / "model.pt").read_bytes()]:
+        path.write_bytes(content)
+        assert f"{path} cannot be read as a checkpoint" in refused(dqn.train, args)
+    parts = [without(part) for part in ("q_network", "optimizer", "replay", "random")]
+    for spoil in (*parts, of_another_network, a_pickle):
+        path.write_bytes(good)
+        state = torch.load(path)
+        spoil(state)
+        torch.save(state, path)
+        assert f"{path} cannot be read as a checkpoint" in refused(dqn.train, args)
     assert not Path("it_ran").exists()
     torch.load(path, weights_only=False)  # it would have
     assert Path("it_ran").exists()
 
 
-def test_other_flags_are_named(dqn, qrdqn, capsys):
+def test_other_flags_are_named(dqn, qrdqn, refused):
     folder = stopped(dqn, small(dqn), stop_in_step, 220)
-    error = refused(dqn, capsys, resume=str(folder), batch_size=16, gamma=0.5)
+    error = refused(dqn.train, small(dqn, resume=str(folder), batch_size=16, gamma=0.5))
     assert "was run with --batch-size 8 --gamma 0.99: give the same flags" in error
-    assert "--exp-name dqn" in refused(qrdqn, capsys, resume=str(folder))
+    assert "--exp-name dqn" in refused(qrdqn.train, small(qrdqn, resume=str(folder)))
 
 
-def test_nothing_to_resume(dqn, capsys):
-    assert "nowhere: it has no checkpoint.pt" in refused(dqn, capsys, resume="nowhere")
+def test_nothing_to_resume(dqn, refused):
+    assert "nowhere: it has no checkpoint.pt" in refused(dqn.train, small(dqn, resume="nowhere"))
     folder = dqn.train(small(dqn, checkpoint_frequency=0, eval_episodes=0))
-    assert f"{folder}: it has no checkpoint.pt" in refused(dqn, capsys, resume=str(folder))
-
-
-@pytest.mark.parametrize("part", ["q_network", "optimizer", "replay", "random"])
-def test_a_checkpoint_without_a_part(dqn, capsys, part):
-    folder = stopped(dqn, small(dqn), stop_in_step, 120)
-    state = torch.load(folder / "checkpoint.pt")
-    del state[part]
-    torch.save(state, folder / "checkpoint.pt")
-    assert "cannot be read as a checkpoint" in refused(dqn, capsys, resume=str(folder))
-
-
-def test_a_checkpoint_of_another_network(dqn, capsys):
-    folder = stopped(dqn, small(dqn), stop_in_step, 120)
-    state = torch.load(folder / "checkpoint.pt")
-    state["q_network"]["head.bias"] = torch.zeros(99)
-    torch.save(state, folder / "checkpoint.pt")
-    assert "cannot be read as a checkpoint" in refused(dqn, capsys, resume=str(folder))
+    assert f"{folder}: it has no checkpoint.pt" in refused(dqn.train, small(dqn, resume=str(folder)))

@@ -132,21 +132,6 @@ def test_counts_against_a_loop_over_the_draws(sizes, resamples):
     np.testing.assert_array_equal(found, np.concatenate(parts[::-1], axis=1))
 
 
-def test_all_games_are_drawn_together():
-    """A call for each of 55 games took most of a report's time."""
-
-    class Counting:
-        calls = 0
-
-        def integers(self, *args, **kwargs):
-            self.calls += 1
-            return np.random.default_rng(0).integers(*args, **kwargs)
-
-    rng = Counting()
-    assert statistics._draw_counts((14,) * 55, 64, rng).shape == (64, 14 * 55)
-    assert rng.calls == 1
-
-
 def test_wins_against_a_loop():
     """Games of unequal numbers of runs, with ties within and between the settings."""
     rng = np.random.default_rng(6)
