@@ -1,22 +1,23 @@
 """The study's figures as data: what each asks, and which runs answer it.
 
-Obando-Ceron, Bellemare and Castro, "Small batch deep reinforcement learning", 2023. Values that the study leaves open
-are ours, and marked so. Every value in `varied` meets every other; a figure has `panels` for some of these flags and a
-`line` for the values of another.
+Obando-Ceron, Bellemare and Castro, "Small batch deep reinforcement learning", 2023. What the study leaves open is ours,
+and marked so; everything named minatar is. Every value in `varied` meets every other; a figure has `panels` for some of
+these flags and a `line` for the values of another.
 """
 
 from dataclasses import dataclass, field
 
 BATCH_SIZES = (8, 16, 32, 64)
 STUDY = ("dqn", "rainbow", "qrdqn", "iqn")
-HARD = ("Freeway", "Gravitar", "MontezumaRevenge", "Pitfall", "PrivateEye", "Solaris", "Venture")  # to explore
+HARD = ("Freeway", "Gravitar", "MontezumaRevenge", "Pitfall", "PrivateEye", "Solaris", "Venture")  # to explore: ours,
+# the seven of Bellemare et al., "Unifying count-based exploration and intrinsic motivation", 2016
 HARD_IN_MINATAR = ("Freeway", "Seaquest")
 
 
 @dataclass(frozen=True)
 class Figure:
     asks: str  # the question, in a sentence
-    draw: str  # curves, games, gains, time or diagnostics: a function of experiments/draw.py
+    draw: str  # curves, games, gains, time or diagnostics: a function of analysis/panels.py
     agents: tuple[str, ...]  # files in agents/
     varied: dict[str, tuple]  # flag -> its values
     games: str | tuple[str, ...] = "fedus20"  # a list of analysis/data/game_lists.csv, or names
@@ -34,7 +35,7 @@ class Figure:
     atari_only: bool = False  # asks for what MinAtar does not have
 
 
-SMALL_AND_USUAL = {"batch_size": (8, 32)}
+SMALL_AND_USUAL = {"batch_size": (8, 32)}  # in the long runs: ours
 ALL_GAMES = {"agents": ("qrdqn",), "varied": SMALL_AND_USUAL, "games": "atari60"}
 NETWORKS = {"agents": ("qrdqn",), "atari_only": True}
 LONG = {"steps": 50_000_000, "minatar_steps": 1_000_000}
@@ -59,19 +60,19 @@ NOISY_TARGETS = {
 }
 
 # the components of the compact Rainbow, as rainbow.py's switches; with all of them off it is DQN
-NONE = {"n_step": 1, "prioritized": False, "distributional": False}
-ALL = {"n_step": 3, "prioritized": True, "distributional": True}
+ALL_OFF = {"n_step": 1, "prioritized": False, "distributional": False}
+ALL_ON = {"n_step": 3, "prioritized": True, "distributional": True}
 ADDED = {
-    "dqn": NONE,
-    "+ n-step": NONE | {"n_step": 3},
-    "+ prioritized": NONE | {"prioritized": True},
-    "+ distributional": NONE | {"distributional": True},
+    "dqn": ALL_OFF,
+    "+ n-step": ALL_OFF | {"n_step": 3},
+    "+ prioritized": ALL_OFF | {"prioritized": True},
+    "+ distributional": ALL_OFF | {"distributional": True},
 }
 REMOVED = {
-    "rainbow": ALL,
-    "- n-step": ALL | {"n_step": 1},
-    "- prioritized": ALL | {"prioritized": False},
-    "- distributional": ALL | {"distributional": False},
+    "rainbow": ALL_ON,
+    "- n-step": ALL_ON | {"n_step": 1},
+    "- prioritized": ALL_ON | {"prioritized": False},
+    "- distributional": ALL_ON | {"distributional": False},
 }
 
 FIGURES = {
@@ -138,7 +139,7 @@ FIGURES = {
         minatar_games=HARD_IN_MINATAR,
         panels=("end_e",),
     ),
-    "fig2.14": Figure("And over 20 games?", "curves", **NO_EXPLORATION, panels=("end_e",)),
+    "fig2.14": Figure("What if epsilon falls to 0, over 20 games?", "curves", **NO_EXPLORATION, panels=("end_e",)),
     "fig2.15": Figure(
         "What does a smaller batch gain in wall-clock time?",
         "time",
@@ -155,7 +156,7 @@ FIGURES = {
         panels=("learning_rate",),
     ),
     "fig2.17": Figure("Is it the number of updates: what if one batch of 32 makes several?", "curves", **DIVIDED),
-    "fig2.18": Figure("And game by game?", "games", **DIVIDED),
+    "fig2.18": Figure("And game by game, if one batch makes several updates?", "games", **DIVIDED),
     "fig2.19": Figure(
         "Which component, added to DQN, makes a smaller batch the better one?",
         "curves",
@@ -165,7 +166,7 @@ FIGURES = {
         panels=("variant",),
     ),
     "fig2.20": Figure(
-        "Without which component of Rainbow is it no longer?",
+        "Which component, taken from Rainbow, makes it the worse one?",
         "curves",
         ("rainbow",),
         {"batch_size": BATCH_SIZES},
@@ -187,7 +188,7 @@ FIGURES = {
         games=("Asteroids", "DemonAttack", "SpaceInvaders"),
     ),
     "fig2.23": Figure("Is it the noise: what if the learning target has some more?", "curves", **NOISY_TARGETS),
-    "fig2.24": Figure("And game by game?", "games", **NOISY_TARGETS),
+    "fig2.24": Figure("And game by game, with noise on the target?", "games", **NOISY_TARGETS),
     "fig2.25": Figure(
         "Does a smaller batch help where all data is given, offline?",
         "curves",
