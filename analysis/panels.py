@@ -77,7 +77,8 @@ def legend(drawn, axes):
     for place in axes:
         handles, labels = place.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    drawn.legend(named.values(), named.keys(), loc="outside upper center", ncols=len(named), fontsize=8)
+    columns = min(len(named), max(int(drawn.get_figwidth() / 1.6), 1))  # inches that a label takes
+    drawn.legend(named.values(), named.keys(), loc="outside upper center", ncols=columns, fontsize=8)
 
 
 def curves(panels: list[Panel], columns: int, time: bool = False) -> Figure:

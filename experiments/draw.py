@@ -1,6 +1,7 @@
 """Draw a figure from the runs that are there, and say which are missing."""
 
 import textwrap
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -37,13 +38,15 @@ def make_panels(figure: Figure, found: list, values: dict[str, tuple]) -> list[p
         curve.settings = {figure.line: setting[figure.line]}  # what else differs is a panel, or the game
         together.setdefault(key, []).append(curve)
     made = []
-    for key, curves in together.items():
+    for key in product(*[values[name] for name in figure.panels]):  # row by row
+        if key not in together:
+            continue
         words = []
         for name, value in zip(figure.panels, key, strict=True):
             words.append(str(value) if name in PLAIN else f"{name.replace('_', ' ')} {value}")
         title = ", ".join(words)
         try:
-            made.append(panels.make_panel(title, curves, figure.line, list(values[figure.line])))
+            made.append(panels.make_panel(title, together[key], figure.line, list(values[figure.line])))
         except BadInput as error:
             print(f"  {title} is left out: {error}")
     return made

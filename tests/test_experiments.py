@@ -529,6 +529,19 @@ def test_a_record_replaces_the_folders(short_study, tmp_path, capsys):
     assert Path("figures/short.svg").exists()
 
 
+def test_panels_stand_row_by_row():
+    """In the order of the figure's values, whatever runs are there."""
+    figure = FIGURES["fig2.25"]
+    found = []
+    for algorithm in ("cql-c51", "dqn"):
+        for n_step in (3, 1):
+            setting = {"agent": "cql_offline", "algorithm": algorithm, "n_step": n_step, "batch_size": 32}
+            found.append((setting, fake_curve(32, "MinAtar/Breakout", 1, [1, 5])))
+    made = draw.make_panels(figure, found, plan.values_of(figure, "minatar"))
+    titles = [panel.title for panel in made]
+    assert titles == ["n step 1, dqn", "n step 1, cql-c51", "n step 3, dqn", "n step 3, cql-c51"]
+
+
 def test_no_run_is_finished(monkeypatch, capsys):
     status, output = call(monkeypatch, capsys, "figure", "fig2.1", "--scale", "smoke")
     assert status == 1
