@@ -28,7 +28,7 @@ def list_figures(scale: str, trial: bool):
     print(f"{'figure':12} {'runs':>6} {'hours':>8}  asks")
     for name, figure in FIGURES.items():
         hours = [hours_of(item, known) for item in plans[name]]
-        shown = "?" if None in hours else f"{sum(hours) / count_cores():,.1f}"
+        shown = "?" if None in hours else f"{sum(hours) / count_cores():,.1f}" if hours else "-"
         print(f"{name:12} {len(plans[name]) or '-':>6} {shown:>8}  {figure.asks}")
     print(f"hours: of all its runs, --scale {scale}, {count_cores()} at a time; figures that share runs share hours")
     if not trial and not known:
