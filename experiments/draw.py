@@ -62,7 +62,7 @@ def draw(name: str, asked: Figure, scale: str, overrides: dict, folder: Path, re
     made = make_panels(asked, found, values)
     if not made:
         raise BadInput(f"{len(found):,} of its {planned:,} runs are finished, too few for a comparison.")
-    columns = min(len(values[asked.panels[-1]]), 4)
+    columns = min(len(values[asked.panels[-1]]), len(made), 4)
     with matplotlib.rc_context(figures.STYLE):
         drawn = getattr(panels, asked.draw)(made, columns)
         few = (
