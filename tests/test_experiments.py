@@ -637,6 +637,7 @@ def stop_and_restart(task, times, *command):
     subprocess.run([*command, task], check=True)
     wait_for(lambda: f"Restarts={times}" in output_of("scontrol", "show", "job", task), 90)
     wait_for(lambda: "JobState=PENDING" in output_of("scontrol", "show", "job", task), 60)
+    time.sleep(5)  # slurmd takes no job that starts in the second in which it was stopped
     subprocess.run(["scontrol", "update", f"jobid={task}", "StartTime=now"], check=True)
 
 
