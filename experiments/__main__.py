@@ -7,6 +7,7 @@
 Flags of agents come last, after --: python -m experiments run fig2.1 --scale smoke -- --no-cuda
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from experiments.plan import check_plan, claim_folder, find_figure, make_plan, r
 from experiments.record import Record
 from experiments.slurm import Cluster, check_arrays, submit
 
-Scale = Literal["paper", "minatar", "smoke"]  # the study's; MinAtar, for a laptop; minutes, for tests
+Scale = Literal["paper", "minatar", "smoke"]
 
 
 @dataclass
@@ -120,6 +121,11 @@ def main():
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 if __name__ == "__main__":

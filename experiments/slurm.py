@@ -66,8 +66,9 @@ class Task:
 
     def __call__(self):
         """Run what is not finished. Raises RuntimeError if a run fails."""
-        launcher = Launcher(self.items, self.folder, len(self.items), self.threads, Record(None))
-        launcher.keep_checkpoints = self.keep_checkpoints
+        jobs = len(self.items)
+        keep = self.keep_checkpoints
+        launcher = Launcher(self.items, self.folder, jobs, self.threads, Record(None), keep_checkpoints=keep)
         status = launcher.run()
         if signal.SIGUSR2 in launcher.stopped_by:  # the hours are over
             name = os.environ["SLURM_JOB_ID"]

@@ -31,8 +31,8 @@ def list_figures(scale: str, trial: bool):
         shown = "?" if None in hours else f"{sum(hours) / count_cores():,.1f}" if hours else "-"
         print(f"{name:12} {len(plans[name]) or '-':>6} {shown:>8}  {figure.asks}")
     print(f"hours: of all its runs, --scale {scale}, {count_cores()} at a time; figures that share runs share hours")
-    if not trial and not known:
-        print("hours are known after a trial: python -m experiments list --trial")
+    if any(hours_of(item, known) is None for plan in plans.values() for item in plan):
+        print(f"hours are known after a trial: python -m experiments list --scale {scale} --trial")
 
 
 def place_of(item: Run) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from analysis.scores import Run as Curve
 from experiments import __main__ as command_line
 from experiments import draw, local, plan, slurm, speeds
 from experiments.figures import FIGURES, Figure
-from experiments.record import Record
+from experiments.record import Record, shown_command
 
 SCALES = ("paper", "minatar", "smoke")
 
@@ -309,6 +309,8 @@ def test_checkpoints_of_finished_runs_are_removed(pretence, monkeypatch):
         launcher = local.Launcher(runs_of("tiny"), folder, 2, 1, Record(None), keep_checkpoints=keep)
         assert launcher.run() == 0
         assert len(list(folder.glob("runs/*/checkpoint.pt"))) == (4 if keep else 0)
+        slurm.Task(runs_of("tiny"), folder, 1, keep)()  # requeued when all is finished
+        assert len(list(folder.glob("runs/*/checkpoint.pt"))) == (4 if keep else 0)
 
 
 def test_one_process_at_a_time(pretence):
@@ -473,7 +475,7 @@ def test_the_list(capsys):
     (line,) = [line for line in lines if line.startswith("fig2.1 ")]
     assert line.split()[:3] == ["fig2.1", "400", "?"]
     assert FIGURES["fig2.1"].asks in line
-    assert "list --trial" in lines[-1]
+    assert "list --scale minatar --trial" in lines[-1]
 
 
 QUICK = {"cuda": False, "eval_episodes": 0}
@@ -540,6 +542,27 @@ def test_panels_stand_row_by_row():
     made = draw.make_panels(figure, found, plan.values_of(figure, "minatar"))
     titles = [panel.title for panel in made]
     assert titles == ["n step 1, dqn", "n step 1, cql-c51", "n step 3, dqn", "n step 3, cql-c51"]
+
+
+def test_a_record_counts_emulator_frames(tmp_path):
+    """As run folders do: four a step on Atari, one on MinAtar; twenty points of 25 million steps."""
+    for scale, frames in (("paper", 4 * 1_250_000), ("minatar", 25_000)):
+        run = runs_of("fig2.1", scale)[0]
+        record = Record(tmp_path / "record.csv")
+        scores = {f"score_{number}": str(number) for number in range(1, 21)} | {"score_1": ""}
+        record.rows = {shown_command(run): scores}  # no game ended in the first twentieth
+        curve = record.curve(run)
+        assert curve.frames.tolist() == [number * frames for number in range(2, 21)]
+        assert curve.scores.tolist() == list(range(2, 21))
+
+
+def test_a_reader_who_has_seen_enough():
+    """As python -m experiments list | head -1."""
+    command = f"{sys.executable} -m experiments list --scale smoke | head -1"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.startswith("figure")
+    assert done.stderr == ""
 
 
 def test_no_run_is_finished(monkeypatch, capsys):
