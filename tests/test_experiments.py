@@ -317,13 +317,15 @@ def test_one_process_at_a_time(pretence):
     """While another has the folder, or runs that it left behind when it was killed."""
     Path("study").mkdir()
     code = f"""
-        import subprocess, sys, time
+        import sys, time
         sys.path.insert(0, {str(ROOT)!r})
         from pathlib import Path
+        from types import SimpleNamespace
         from experiments import local
         lock = local.take_lock(Path("study"))
-        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
-        print(child.pid, flush=True)
+        run = SimpleNamespace(name="run", command=lambda folder: ["sleep", "60"])
+        job = local.Job(run, Path("study"), {{}}, lock)
+        print(job.process.pid, flush=True)
         time.sleep(60)
     """
     holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
