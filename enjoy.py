@@ -86,6 +86,8 @@ def load_network(folder: Path, module, flags, envs, device) -> torch.nn.Module:
     path, name = folder / "model.pt", "weights"
     if not path.exists():
         path, name = folder / "checkpoint.pt", "q_network"
+        if hasattr(flags, "tau"):
+            name = "target_network"  # a moving average acts itself
     if not path.exists():
         fail(f"{folder} has neither model.pt nor checkpoint.pt: there are no weights to play.")
     try:

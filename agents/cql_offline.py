@@ -656,15 +656,17 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequential, int, int]:
+def make_convolutions(obs_shape: tuple[int, ...], network: str, scale: int = 1) -> tuple[nn.Sequential, int, int]:
     """Return the convolutions, the length of their output, and the width of the next layer."""
     minatar = obs_shape[:2] == (10, 10)
-    width = 128 if minatar else 512
+    width = scale * (128 if minatar else 512)
+    wide = 4 * scale if network == "dopamine-x4" else scale
+    few, many = 32 * wide, 64 * wide
     if minatar:  # Young and Tian, 2019
-        layers = [nn.Conv2d(obs_shape[2], 16, 3)]
+        layers = [nn.Conv2d(obs_shape[2], 16 * scale, 3)]
     elif network == "impala":  # Espeholt et al., 2018, figure 3: 84 -> 42 -> 21 -> 11
         layers, inputs = [], 4
-        for channels, padding in [(16, 0), (32, 0), (32, 1)]:  # as SAME pads 84, 42 and 21
+        for channels, padding in [(16 * scale, 0), (few, 0), (few, 1)]:  # as SAME pads 84, 42 and 21
             layers.append(nn.Conv2d(inputs, channels, 3, padding=1))
             layers.append(nn.MaxPool2d(3, 2, padding, ceil_mode=True))
             for _ in range(2):
@@ -673,12 +675,12 @@ def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequ
                 layers.append(Residual(nn.ReLU(), first, nn.ReLU(), second))
             inputs = channels
     elif network == "nature":  # 84 -> 20 -> 9 -> 7
-        layers = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3)]
+        layers = [nn.Conv2d(4, few, 8, 4), nn.ReLU()]
+        layers += [nn.Conv2d(few, many, 4, 2), nn.ReLU(), nn.Conv2d(many, many, 3)]
     else:  # SAME padding: 84 -> 21 -> 11 -> 11
-        wide = 4 if network == "dopamine-x4" else 1
-        first = nn.Conv2d(4, 32 * wide, 8, 4, padding=2)
-        second = nn.Conv2d(32 * wide, 64 * wide, 4, 2)
-        third = nn.Conv2d(64 * wide, 64 * wide, 3, padding=1)
+        first = nn.Conv2d(4, few, 8, 4, padding=2)
+        second = nn.Conv2d(few, many, 4, 2)
+        third = nn.Conv2d(many, many, 3, padding=1)
         layers = [first, nn.ReLU(), nn.ZeroPad2d((1, 2, 1, 2)), second, nn.ReLU(), third]
     convolutions = nn.Sequential(Pixels(), *layers, nn.ReLU(), nn.Flatten())
     obs = torch.zeros(1, *obs_shape, dtype=torch.bool if minatar else torch.uint8)

@@ -253,7 +253,7 @@ def project(probabilities: Tensor, atoms: Tensor, support: Tensor) -> Tensor:
     return ((1 - distance).clamp(min=0) * probabilities[:, None, :]).sum(dim=2)
 
 
-def latent_loss(q_network: SPRNetwork, latents: Tensor, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+def latent_loss(q_network, latents: Tensor, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy, and Q(s_j, a_j), both (batch,)."""
     output = q_network.distributions(latents).take_along_dim(batch.actions[:, None, None], dim=1)[:, 0]
     return nn.functional.cross_entropy(output, targets, reduction="none"), q_network.mean(output)
@@ -295,8 +295,8 @@ def train(args: Args) -> Path:
 
     global_step = 0  # agent steps so far
     episode = 0  # number of the game that is being played
-    episode_actions = []  # its actions so far
-    episodic_return = 0.0  # its raw rewards so far
+    episode_actions = []  # its actions
+    episodic_return = 0.0  # its raw rewards
     last_return = math.nan  # of the game before
     updates = []  # loss and gradient norm of each, for the diagnostics
     obs = reset(envs, args.seed, TRAINING, episode)
@@ -369,7 +369,7 @@ def train(args: Args) -> Path:
         # ---- learn
         if global_step > args.learning_starts and global_step % args.train_frequency == 0:
             for _ in range(args.updates_per_step):
-                batch = replay.sample(args.batch_size)
+                batch = replay.sample(args.batch_size, args.n_step, args.gamma)
                 states, sequence, masks = replay.futures(batch.rows, args.spr_steps)
                 obs_images = augment(batch.obs, args.image_pad, args.intensity)
                 next_images = augment(batch.next_obs, args.image_pad, args.intensity)
@@ -556,7 +556,6 @@ class FrameReplay(ReplayBuffer):
         self.ready = np.zeros(rows, bool)
         self.episode_steps = 0
         self.n_step = args.n_step
-        self.gamma = args.gamma
         self.rng = rng
 
     def add(self, obs, next_obs, actions, rewards, terminations, truncations):
@@ -598,20 +597,20 @@ class FrameReplay(ReplayBuffer):
             rows[unready] = self.rng.integers(self.size(), size=unready.sum())
         return rows
 
-    def sample(self, batch_size: int) -> Batch:
+    def sample(self, batch_size: int, n: int, gamma: float) -> Batch:
         rows = self.draw(batch_size)
-        steps = np.arange(self.n_step)
+        steps = np.arange(n)
         window = (rows[:, None] + steps) % self.buffer_size  # (batch, n)
         alive = np.cumprod(~self.terminations[window], axis=1)  # 1 up to the termination
         counted = np.insert(alive[:, :-1], 0, 1, axis=1)  # the terminating step's reward still counts
-        rewards = (self.rewards[window] * counted * self.gamma**steps).sum(axis=1)
-        discounts = self.gamma**self.n_step * alive[:, -1]
-        next_ages = np.where(alive[:, -1], self.ages[rows] + self.n_step, -1)
+        rewards = (self.rewards[window] * counted * gamma**steps).sum(axis=1)
+        discounts = gamma**n * alive[:, -1]
+        next_ages = np.where(alive[:, -1], self.ages[rows] + n, -1)
         return Batch(
             self.stacks(rows, self.ages[rows]),
             self.to_torch(self.actions[rows]).long(),
             self.to_torch(rewards).float(),
-            self.stacks(rows + self.n_step, next_ages),
+            self.stacks(rows + n, next_ages),
             self.to_torch(discounts).float(),
             rows,
         )
@@ -717,15 +716,17 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequential, int, int]:
+def make_convolutions(obs_shape: tuple[int, ...], network: str, scale: int = 1) -> tuple[nn.Sequential, int, int]:
     """Return the convolutions, the length of their output, and the width of the next layer."""
     minatar = obs_shape[:2] == (10, 10)
-    width = 128 if minatar else 512
+    width = scale * (128 if minatar else 512)
+    wide = 4 * scale if network == "dopamine-x4" else scale
+    few, many = 32 * wide, 64 * wide
     if minatar:  # Young and Tian, 2019
-        layers = [nn.Conv2d(obs_shape[2], 16, 3)]
+        layers = [nn.Conv2d(obs_shape[2], 16 * scale, 3)]
     elif network == "impala":  # Espeholt et al., 2018, figure 3: 84 -> 42 -> 21 -> 11
         layers, inputs = [], 4
-        for channels, padding in [(16, 0), (32, 0), (32, 1)]:  # as SAME pads 84, 42 and 21
+        for channels, padding in [(16 * scale, 0), (few, 0), (few, 1)]:  # as SAME pads 84, 42 and 21
             layers.append(nn.Conv2d(inputs, channels, 3, padding=1))
             layers.append(nn.MaxPool2d(3, 2, padding, ceil_mode=True))
             for _ in range(2):
@@ -734,12 +735,12 @@ def make_convolutions(obs_shape: tuple[int, ...], network: str) -> tuple[nn.Sequ
                 layers.append(Residual(nn.ReLU(), first, nn.ReLU(), second))
             inputs = channels
     elif network == "nature":  # 84 -> 20 -> 9 -> 7
-        layers = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3)]
+        layers = [nn.Conv2d(4, few, 8, 4), nn.ReLU()]
+        layers += [nn.Conv2d(few, many, 4, 2), nn.ReLU(), nn.Conv2d(many, many, 3)]
     else:  # SAME padding: 84 -> 21 -> 11 -> 11
-        wide = 4 if network == "dopamine-x4" else 1
-        first = nn.Conv2d(4, 32 * wide, 8, 4, padding=2)
-        second = nn.Conv2d(32 * wide, 64 * wide, 4, 2)
-        third = nn.Conv2d(64 * wide, 64 * wide, 3, padding=1)
+        first = nn.Conv2d(4, few, 8, 4, padding=2)
+        second = nn.Conv2d(few, many, 4, 2)
+        third = nn.Conv2d(many, many, 3, padding=1)
         layers = [first, nn.ReLU(), nn.ZeroPad2d((1, 2, 1, 2)), second, nn.ReLU(), third]
     convolutions = nn.Sequential(Pixels(), *layers, nn.ReLU(), nn.Flatten())
     obs = torch.zeros(1, *obs_shape, dtype=torch.bool if minatar else torch.uint8)

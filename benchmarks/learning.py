@@ -51,6 +51,8 @@ OWN_FLAGS = {  # of one agent
     "der": {"v_min": -100.0, "v_max": 100.0},
     "drq_eps": {"image_pad": 1},
     "spr": {"v_min": -100.0, "v_max": 100.0, "image_pad": 1},
+    "sr_spr": {"v_min": -100.0, "v_max": 100.0, "image_pad": 1, "replay_ratio": 2},
+    "bbf": {"v_min": -100.0, "v_max": 100.0, "image_pad": 1, "width_scale": 1},
 }
 STUDY = ("dqn", "qrdqn", "rainbow", "iqn")
 DEFAULTS = {

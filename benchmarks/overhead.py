@@ -69,7 +69,7 @@ def measure_priorities(module, args: Args):
         replay.set_priorities(replay.draw(32), new)
 
     def sample_and_update():
-        replay.update_priorities(replay.sample(32).rows, losses)
+        replay.update_priorities(replay.sample(32, 3, 0.99).rows, losses)
 
     alone = milliseconds(draw_and_set, args.draws)
     whole = milliseconds(sample_and_update, args.draws // 4)

@@ -42,7 +42,7 @@ SB3 = {"dqn": ("stable_baselines3", "DQN"), "qrdqn": ("sb3_contrib", "QRDQN")}
 
 @dataclass
 class Args:
-    agents: tuple[str, ...] = ("dqn", "qrdqn", "iqn", "rainbow", "der", "drq_eps", "spr")  # files in agents/
+    agents: tuple[str, ...] = ("dqn", "qrdqn", "iqn", "rainbow", "der", "drq_eps", "spr", "sr_spr", "bbf")  # files
     games: tuple[str, ...] = ("ALE/Pong-v5", "MinAtar/Breakout-v1")  # games to play
     batch_sizes: tuple[int, ...] = (8, 32)  # transitions in an update
     network: Literal["dopamine", "nature"] = "nature"  # convolutions (ALE)

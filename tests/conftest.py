@@ -61,9 +61,11 @@ iqn = agent_fixture("iqn")
 der = agent_fixture("der")
 drq_eps = agent_fixture("drq_eps")
 spr = agent_fixture("spr")
+sr_spr = agent_fixture("sr_spr")
+bbf = agent_fixture("bbf")
 
 
-@pytest.fixture(params=["der", "drq_eps", "spr"])
+@pytest.fixture(params=["der", "drq_eps", "spr", "sr_spr", "bbf"])
 def efficient(request):
     """The module of every agent of the Atari 100k benchmark in turn."""
     return load(ROOT / "agents" / f"{request.param}.py")
@@ -84,10 +86,17 @@ def make_network(module, obs_shape=(4, 84, 84), num_actions=6, **flags):
         "der": "C51Network",
         "drq_eps": "DuelingNetwork",
         "spr": "SPRNetwork",
+        "sr_spr": "SRSPRNetwork",
+        "bbf": "BBFNetwork",
     }
     args = make_args(module, **flags)
     torch.manual_seed(args.seed)
     return getattr(module, names[name_of(module)])(obs_shape, num_actions, args)
+
+
+def optimizer_of(module):
+    """The class whose `step` a test may replace (AdamW's own keeps what Adam's was when the first one was made)."""
+    return torch.optim.AdamW if name_of(module) == "bbf" else torch.optim.Adam
 
 
 def scalars(folder):
@@ -116,8 +125,13 @@ def make_args(module, **changes):
         "batch_size": 8,
         "eval_episodes": 0,
     }
-    if name_of(module) == "spr":
+    if name_of(module) in ("spr", "sr_spr", "bbf"):
         small["spr_steps"] = 2  # --n-step may be 2 in a test
+    if name_of(module) in ("sr_spr", "bbf"):
+        del small["train_frequency"], small["target_network_frequency"]
+        small |= {"replay_ratio": 1, "reset_interval": 0}
+    if name_of(module) == "bbf":
+        small |= {"schedule_updates": 30, "width_scale": 1}
     return module.Args(**(small | changes))
 
 

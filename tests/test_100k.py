@@ -26,7 +26,6 @@ COMMON = {
     "n_step": 10,
     "batch_size": 32,
     "gamma": 0.99,
-    "train_frequency": 1,
     "learning_rate": 1e-4,
     "adam_eps": 1.5e-4,
     "network": "dopamine",
@@ -34,17 +33,26 @@ COMMON = {
 C51 = {"n_atoms": 51, "v_min": -10, "v_max": 10}
 PIXELS = {"image_pad": 4, "intensity": 0.05}
 SPR = {"updates_per_step": 2, "spr_steps": 5, "spr_weight": 5, "noisy_sigma": 0.5}
+AVERAGE = {"spr_steps": 5, "spr_weight": 5, "tau": 0.005, "buffer_size": 200_000, "keep_moments": False}
+AVERAGE |= {"reset_interval": 40_000}  # updates
+SR_SPR = {"replay_ratio": 8, "shrink": 0.8, "perturb": 0.2}
+BBF = {"replay_ratio": 2, "shrink": 0.5, "perturb": 0.5, "weight_decay": 0.1, "width_scale": 4, "network": "impala"}
+BBF |= {"initial_n_step": 10, "n_step": 3, "initial_gamma": 0.97, "gamma": 0.997, "schedule_updates": 10_000}
 OWN = {  # learning starts, target network frequency; epsilon: start, end, steps
     "der": (1_600, 2_000, (0, 0, 250_000), C51 | {"noisy_sigma": 0.1}),
     "drq_eps": (1_600, 1, (1, 0.01, 5_000), PIXELS),
     "spr": (2_000, 1, (1, 0, 2_001), C51 | PIXELS | SPR),
+    "sr_spr": (2_000, None, (1, 0, 2_001), C51 | PIXELS | AVERAGE | SR_SPR),
+    "bbf": (2_000, None, (1, 0, 2_001), C51 | PIXELS | AVERAGE | BBF | {"prioritized": True}),
 }
 
 
 def test_defaults_are_the_benchmarks(efficient):
     args = efficient.Args()
     starts, frequency, epsilon, others = OWN[name_of(efficient)]
-    assert (args.learning_starts, args.target_network_frequency) == (starts, frequency)
+    assert args.learning_starts == starts
+    assert getattr(args, "target_network_frequency", None) == frequency
+    assert getattr(args, "train_frequency", 1) == 1  # or --replay-ratio, at every step
     assert (args.start_e, args.end_e, args.exploration_steps) == epsilon
     expected = COMMON | others
     assert {flag: getattr(args, flag) for flag in expected} == expected
@@ -298,8 +306,8 @@ def test_two_updates_are_two_batches_before_one_new_target(spr, monkeypatch):
     events = []
     sample, load, step = spr.SequenceReplay.sample, torch.nn.Module.load_state_dict, torch.optim.Adam.step
 
-    def record(self, size):
-        batch = sample(self, size)
+    def record(self, size, *schedule):
+        batch = sample(self, size, *schedule)
         events.append(("sample", tuple(batch.rows)))
         return batch
 
@@ -325,7 +333,7 @@ def test_sequences_come_from_one_episode(spr, capacity, stack):
             replay = reload(replay, make_replay(spr, "SequenceReplay", capacity, 6, stack))
         if not replay.ready.any():
             continue
-        batch = replay.sample(8)
+        batch = replay.sample(8, 6, 0.99)
         states, actions, masks = replay.futures(batch.rows, 5)
         assert states.shape == (8 * 5, *script.blank.shape)
         assert actions.shape == masks.shape == (8, 5)

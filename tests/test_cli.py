@@ -71,7 +71,7 @@ def test_a_return_must_fit_into_the_ring_the_games_and_the_steps_before_learning
     make(agent, n_step=n_step, **least)
     for name in least:
         error = refused(make, agent, n_step=n_step, **{name: least[name] - 1})
-        assert f"--n-step is {n_step}" in error
+        assert f"n-step is {n_step}" in error
         assert f"--{name.replace('_', '-')}" in error
         assert f"allow {n_step - 1}." in error
 

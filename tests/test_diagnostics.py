@@ -52,7 +52,7 @@ def activations_of(module, network, obs, tau):
         phi = (cosines @ network.embedding[0].weight.T + network.embedding[0].bias).clamp(min=0)
         layers.append(phi)
         x = x.repeat_interleave(tau.shape[1], dim=0) * phi
-    if name_of(module) == "spr":
+    if hasattr(network, "encode"):
         low = x.min(dim=1, keepdim=True).values
         high = x.max(dim=1, keepdim=True).values
         x = (x - low) / (high - low + 1e-5)

@@ -272,7 +272,7 @@ def test_the_same_transitions_as_the_online_replay(dqn, tool, monkeypatch, n_ste
     assert read_back.ready.tolist() == expected
     assert len(expected) > 280
     online.draw = lambda _: stored[expected]
-    theirs = online.sample(len(expected))
+    theirs = online.sample(len(expected), n_step, 0.99)
     ours = read_back._get_samples(read_back.ready)
     for name in ("obs", "actions", "rewards", "next_obs", "discounts"):
         one = getattr(ours, name)

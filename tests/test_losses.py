@@ -184,9 +184,11 @@ def test_projection_by_hand(rainbow):
     assert project(-2.0, 0.0) == [1, 0, 0, 0, 0]  # on the lower end
 
 
-@pytest.mark.parametrize(("name", "double"), [("rainbow", False), ("rainbow", True), ("der", True), ("spr", True)])
+@pytest.mark.parametrize(
+    ("name", "double"), [("rainbow", False), ("rainbow", True), ("der", True), ("spr", True), ("bbf", True)]
+)
 def test_c51_against_a_loop(name, double, request):
-    """The same function of the same numbers in three files; spr's loss has the latents as its input."""
+    """The same function of the same numbers in five files; latents are the input of the loss in three."""
     module = request.getfixturevalue(name)
     online, target = random_tables(21, kind=Atoms)
     batch, transitions = random_batch(module)

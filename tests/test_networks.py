@@ -68,14 +68,16 @@ def test_heads(agent, shape, actions):
     network = make_network(agent, shape, actions, network="nature")
     side, channels, width = (7, 64, 512) if shape == ALE else (8, 16, 128)
     size = side * side * channels
-    outputs = {"qrdqn": 200, "rainbow": 51, "der": 51, "spr": 51}.get(name, 1)  # of each action
-    value = {"der": 51, "drq_eps": 1, "spr": 51}.get(name, 0)  # of a dueling head
+    outputs = {"qrdqn": 200, "rainbow": 51, "der": 51, "spr": 51, "sr_spr": 51, "bbf": 51}.get(
+        name, 1
+    )  # of each action
+    value = {"der": 51, "drq_eps": 1, "spr": 51, "sr_spr": 51, "bbf": 51}.get(name, 0)  # of a dueling head
     expected = (size + 1) * width + (width + 1) * (actions * outputs + value)
     if name == "iqn":
         expected += (64 + 1) * size  # the embedding
     if name in ("der", "spr"):
         expected *= 2  # each weight and bias has a sigma
-    if name == "spr":
+    if name in ("spr", "sr_spr", "bbf"):
         expected += convolution(channels + actions, channels, 3) + convolution(channels, channels, 3)
         expected += (width + 1) * width  # the predictor
     assert count(network) == expected + (NARROW if shape == ALE else convolution(4, 16, 3))
@@ -256,14 +258,14 @@ def test_noise_is_drawn_for_acting_and_never_in_evaluation(rainbow, der, spr):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", ["rainbow", "rainbow without C51", "der", "drq_eps", "spr"])
+@pytest.mark.parametrize("name", ["rainbow", "rainbow without C51", "der", "drq_eps", "spr", "sr_spr", "bbf"])
 def test_dueling_subtracts_the_mean_advantage(name, request):
     """Q(s, a) = V(s) + A(s, a) - mean over a of A(s, a), for every atom: Wang et al., 2016, eq. 9."""
     flags = {"dueling": True, "distributional": " " not in name} if "rainbow" in name else {}
     network = make_network(request.getfixturevalue(name.split(" ")[0]), MINATAR, 3, **flags)
     network.eval()
     obs = random_obs(MINATAR)
-    features = network.dense(network.encode(obs) if name == "spr" else network.convolutions(obs))
+    features = network.dense(network.encode(obs) if hasattr(network, "encode") else network.convolutions(obs))
     atoms = 1 if name in ("rainbow without C51", "drq_eps") else 51
     output = network(obs).reshape(3, 3, atoms)
     value = features @ network.value.weight.T + network.value.bias
@@ -274,7 +276,7 @@ def test_dueling_subtracts_the_mean_advantage(name, request):
             torch.testing.assert_close(output[b, a], value[b] + advantage[b, a] - mean, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["qrdqn", "rainbow", "der", "spr"])
+@pytest.mark.parametrize("name", ["qrdqn", "rainbow", "der", "spr", "sr_spr", "bbf"])
 def test_q_values_are_the_means_of_the_distributions(name, request):
     network = make_network(request.getfixturevalue(name), MINATAR, 3)
     network.eval()

@@ -23,6 +23,8 @@ CEILINGS = {  # lines above the second banner, lines, bytes
     "der": (420, 880, 42_000),
     "spr": (480, 960, 46_000),
     "cql_offline": (480, 960, 46_000),
+    "sr_spr": (520, 1_020, 49_000),
+    "bbf": (520, 1_020, 49_000),
 }
 LESSONS = [  # changed lines at most
     ("dqn", "qrdqn", 150),
@@ -31,6 +33,8 @@ LESSONS = [  # changed lines at most
     ("rainbow", "der", 155),
     ("der", "drq_eps", 210),
     ("der", "spr", 175),
+    ("spr", "sr_spr", 145),
+    ("sr_spr", "bbf", 110),
 ]
 SECTIONS = [
     "flags",
@@ -192,7 +196,7 @@ def test_script_metadata_has_the_pins_of_requirements(name):
 
 
 def test_sync_restores_a_copy_that_drifted():
-    drifted = SOURCES["qrdqn"].replace("def sample(self, batch_size: int)", "def sample(self, batch_size)")
+    drifted = SOURCES["qrdqn"].replace("def sample(self, batch_size: int, ", "def sample(self, batch_size, ")
     drifted = drifted.replace("STOPPED_BY: list[int] = []", "STOPPED_BY = []")
     assert shared(drifted) != shared(SOURCES["qrdqn"])
     assert replaced(drifted, SOURCES["dqn"]) == SOURCES["qrdqn"]

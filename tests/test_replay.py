@@ -122,17 +122,17 @@ def reload(replay, fresh):
     return fresh
 
 
-def sample_rows(replay, rows):
+def sample_rows(replay, rows, n_step=None):
     """The batch that these rows make."""
     replay.draw = lambda batch_size: np.array(rows)
-    batch = replay.sample(len(rows))
+    batch = replay.sample(len(rows), n_step or replay.n_step, GAMMA)
     del replay.draw
     return batch
 
 
-def check_batch(script, replay, batch):
+def check_batch(script, replay, batch, n_step=None):
     keys = [script.decode(obs) for obs in batch.obs.numpy()]
-    expected = [script.expected(*key, replay.n_step) for key in keys]
+    expected = [script.expected(*key, n_step or replay.n_step) for key in keys]
     assert None not in expected, "a window that crosses a truncation was sampled"
     rewards, discounts, next_obs, _ = zip(*expected, strict=True)
     assert batch.actions.dtype == torch.int64
@@ -186,7 +186,7 @@ def test_every_sampled_transition(qrdqn, capacity, n_step, stack, kind):
             assert not replay.priorities.flat[capacity:].any()
             np.testing.assert_array_equal(replay.sums, replay.priorities.sum(axis=1))
         if possible:
-            batch = replay.sample(8)
+            batch = replay.sample(8, n_step, GAMMA)
             assert possible.issuperset(batch.rows)
             check_batch(script, replay, batch)
         if possible and count % 5 == 0:
@@ -283,7 +283,7 @@ def test_sampling_is_stratified(qrdqn):
     """With equal priorities and as many draws as rows, each slice of the total is one row: no row comes twice."""
     replay = make_replay(qrdqn, "PrioritizedReplay", 100)
     Script([64], ["terminal"]).play(replay)
-    assert sorted(replay.sample(64).rows) == list(range(64))
+    assert sorted(replay.sample(64, 1, GAMMA).rows) == list(range(64))
 
 
 def test_new_transitions_get_the_largest_priority_so_far(qrdqn):

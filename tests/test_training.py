@@ -17,10 +17,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ONLINE, ROOT, make_args, make_network, name_of, scalars, weights
+from conftest import ONLINE, ROOT, make_args, make_network, name_of, optimizer_of, scalars, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-WEIGHTED = ["rainbow", "der", "spr"]  # their losses, by the priorities
+PREDICTING = ["spr", "sr_spr", "bbf"]  # their own latents
+AVERAGING = ["sr_spr", "bbf"]  # their target network is a moving average, which acts
+WEIGHTED = ["rainbow", "der", *PREDICTING]  # their losses, by the priorities
 PRIORITIZED = [*WEIGHTED, "qrdqn"]  # and by the study's protocol without weights
 
 
@@ -75,6 +77,10 @@ def updates_per_step(agent):
     return 2 if name_of(agent) == "spr" else 1
 
 
+def steps_per_update(agent):
+    return 1 if name_of(agent) in AVERAGING else 4
+
+
 def loss_name(agent):
     """The agent's function from a batch to its losses."""
     (name,) = [name for name in vars(agent) if name.endswith("_loss") and name != "prediction_loss"]
@@ -91,7 +97,7 @@ def test_the_same_seed_gives_the_same_run(agent):
     again = run(agent, total_timesteps=160)
     other = run(agent, total_timesteps=160, seed=2)
     assert len(one.actions) == 160
-    assert len(one.losses) == 15 * updates_per_step(agent)  # every 4th of 160 - 100 steps
+    assert len(one.losses) == 60 // steps_per_update(agent) * updates_per_step(agent)  # 160 - 100 steps
     assert (one.actions, one.losses) == (again.actions, again.losses)
     assert equal(one.weights, again.weights)
     assert one.actions != other.actions
@@ -111,10 +117,11 @@ def test_evaluation_does_not_disturb_training(agent):
 
 def test_the_smallest_settings_that_are_accepted(agent):
     """A ring of 14 rows, games of a single step, an update at each, of one transition."""
-    flags = {"total_timesteps": 50, "batch_size": 1, "train_frequency": 1, "target_network_frequency": 1}
+    flags = {"total_timesteps": 50, "batch_size": 1}
     flags.update(n_step=1, learning_starts=1, max_episode_steps=1, buffer_size=14)
     flags.update(exploration_steps=0, checkpoint_frequency=0, diagnostics_frequency=0, seed=0)
     own = {"n_quantiles": 1, "n_tau": 1, "n_target_tau": 1, "n_policy_tau": 1, "n_atoms": 2, "spr_steps": 1}
+    own |= {"train_frequency": 1, "target_network_frequency": 1, "initial_n_step": 1}
     found = run(agent, **flags, **known(agent, own))
     assert len(found.losses) == 49 * updates_per_step(agent)
     assert np.isfinite(found.losses).all()
@@ -125,7 +132,7 @@ def test_the_smallest_settings_that_are_accepted(agent):
 def test_an_update_weighs_its_batch_and_sets_its_priorities(agent, monkeypatch):
     """The loss is the mean of l p^-1/2 / max p^-1/2, or of l alone; then the priority p of a row is the root of its l.
 
-    In spr a prediction's loss is in l, five times, but not in p.
+    In spr and those after it a prediction's loss is in l, five times, but not in p.
     """
     updates = []
     real_loss = getattr(agent, loss_name(agent))
@@ -133,12 +140,12 @@ def test_an_update_weighs_its_batch_and_sets_its_priorities(agent, monkeypatch):
     real_sample = agent.FrameReplay.sample
     real_backward = torch.Tensor.backward
 
-    def sample(replay, batch_size):
+    def sample(replay, batch_size, *schedule):
         if updates and name_of(agent) in PRIORITIZED:
             last = updates[-1]
             roots = dict(zip(last.rows, np.sqrt(last.losses), strict=True))  # of a row that is in it twice, the last
             assert replay.priorities.flat[list(roots)] == pytest.approx(list(roots.values()), rel=1e-5)
-        batch = real_sample(replay, batch_size)
+        batch = real_sample(replay, batch_size, *schedule)
         update = SimpleNamespace(rows=batch.rows.tolist(), weights=np.ones(batch_size), predictions=0)
         if name_of(agent) in WEIGHTED:
             update.weights = replay.priorities.flat[batch.rows] ** -0.5
@@ -162,11 +169,11 @@ def test_an_update_weighs_its_batch_and_sets_its_priorities(agent, monkeypatch):
     monkeypatch.setattr(agent, loss_name(agent), loss)
     monkeypatch.setattr(agent.FrameReplay, "sample", sample)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    if name_of(agent) == "spr":
+    if name_of(agent) in PREDICTING:
         monkeypatch.setattr(agent, "prediction_loss", predict)
     agent.train(small(agent, total_timesteps=220))
 
-    assert len(updates) == 30 * updates_per_step(agent)
+    assert len(updates) == 120 // steps_per_update(agent) * updates_per_step(agent)
     for update in updates:
         totals = update.losses + 5 * update.predictions
         assert update.mean == pytest.approx(np.mean(update.weights / update.weights.max() * totals), rel=1e-4)
@@ -181,15 +188,22 @@ def test_the_loss_falls_on_a_fixed_batch(agent, monkeypatch):
     batches = []
     real_sample = agent.FrameReplay.sample
 
-    def sample(replay, batch_size):
-        batch = real_sample(replay, batch_size)
+    def sample(replay, batch_size, *schedule):
+        batch = real_sample(replay, batch_size, *schedule)
         pays = 0.8 * batch.actions - 0.8  # on C51's atoms: no cross-entropy is below the entropy of its target
         batches.append(batch._replace(rewards=pays, discounts=torch.zeros(batch_size)))
         return batches[0]
 
     monkeypatch.setattr(agent.FrameReplay, "sample", sample)
-    own = {"noisy_sigma": 0.0, "image_pad": 0, "intensity": 0.0, "spr_weight": 0.0, "updates_per_step": 1}
-    flags = {"total_timesteps": 200, "train_frequency": 1, "learning_rate": 1e-3}
+    own = {
+        "noisy_sigma": 0.0,
+        "image_pad": 0,
+        "intensity": 0.0,
+        "spr_weight": 0.0,
+        "updates_per_step": 1,
+        "train_frequency": 1,
+    }
+    flags = {"total_timesteps": 200, "learning_rate": 1e-3}
     losses = run(agent, **flags, **known(agent, own)).losses
     assert len(losses) == 100
     assert losses[-1] < 0.1 * losses[0]
@@ -285,15 +299,16 @@ def test_schedules(agent, monkeypatch):
     monkeypatch.setattr(agent, "act", act)
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", load)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: updates.append(len(epsilons)))
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: None)
+    monkeypatch.setattr(optimizer_of(agent), "step", lambda optimizer: None)
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: torch.zeros(()))
     flags = {"exploration_steps": 150, "start_e": 1.0, "end_e": 0.2, "diagnostics_frequency": 0}
     agent.train(small(agent, total_timesteps=300, **flags))
     assert epsilons[:100] == [1.0] * 100
     assert epsilons[100:250] == pytest.approx([1 - 0.8 * step / 150 for step in range(1, 151)])
     assert epsilons[250:] == pytest.approx([0.2] * 50)
-    assert updates == [step for step in range(104, 301, 4) for _ in range(updates_per_step(agent))]
-    assert copies == [150, 200, 250, 300]
+    every = steps_per_update(agent)
+    assert updates == [step for step in range(100 + every, 301, every) for _ in range(updates_per_step(agent))]
+    assert copies == ([] if name_of(agent) in AVERAGING else [150, 200, 250, 300])
 
 
 # ---- the folder
@@ -327,15 +342,16 @@ def test_the_run_folder(agent, monkeypatch):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert record["git_commit"] == (head or None)
 
+    acting = "target_network" if name_of(agent) in AVERAGING else "q_network"
     model = torch.load(folder / "model.pt", weights_only=True)
     assert model.keys() == {"args", "weights"}
     assert model["args"] == asdict(args)
-    assert equal(model["weights"], torch.load(folder / "checkpoint.pt", weights_only=True)["q_network"])
+    assert equal(model["weights"], torch.load(folder / "checkpoint.pt", weights_only=True)[acting])
 
     logged = scalars(folder)
     tags = {"charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/SPS"}
     tags |= {"losses/td_loss", "losses/q_values", "eval/episodic_return"}
-    if name_of(agent) == "spr":
+    if name_of(agent) in PREDICTING:
         tags.add("losses/spr_loss")
     assert {tag for tag in logged if not tag.startswith("diagnostics/")} == tags
     assert len(logged) == len(tags) + 5
@@ -404,8 +420,8 @@ def sampled_batches(qrdqn, **flags):
         epsilons.append(args[2])
         return real_act(*args)
 
-    def sample(replay, batch_size):
-        batch = real_sample(replay, batch_size)
+    def sample(replay, batch_size, *schedule):
+        batch = real_sample(replay, batch_size, *schedule)
         batches[len(epsilons)] = copy.deepcopy(batch)
         return batch
 
