@@ -3,10 +3,11 @@
   python -m analysis runs/ --out results/
   python -m analysis --scores scores.csv --by agent --out results/
   python -m analysis compare "qrdqn, batch size 8" "qrdqn, batch size 32" --runs runs/
+  python -m analysis contribution --gammas 0.97 0.99 0.997 --out contribution.png
 
 The first two write CSV and Markdown tables, PNG and SVG figures, and report.html, which holds them all. The third
-prints two settings side by side. A table of scores has the columns agent, game, seed, frames and score; all others are
-settings, by which --by can group and --only can choose.
+prints two settings side by side. The fourth draws what a reward counts for when it is t steps away. A table of scores
+has the columns agent, game, seed, frames and score; all others are settings, by which --by can group and --only choose.
 """
 
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import tyro
 
 from analysis.compare import compare
+from analysis.figures import contribution
 from analysis.report import check_out, write_report
 from analysis.results import compute
 from analysis.runs import BadInput, find_folders, read_folders
@@ -42,7 +44,7 @@ class Common:
     """What both commands take."""
 
     scores: tuple[Path, ...] = ()  # CSV files (or .csv.gz) of scores, besides run folders or instead of them
-    by: str = ""  # columns or flags to group by, with commas (default: agent,batch_size, or agent)
+    by: str = ""  # columns or flags to group by, with commas (default: agent, batch_size, and a table's settings)
     only: tuple[str, ...] = ()  # keep runs with these values: batch_size=8,32 agent=qrdqn
     games: tuple[str, ...] = ()  # keep these games: Pong Breakout, or MinAtar/Breakout (default: all)
     normalize: str = "auto"  # human, none, baseline:<setting>; auto: human, and none where no human score is known
@@ -59,6 +61,13 @@ class Report(Common):
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # folders that hold runs, at any depth
     out: Path = Path("results")  # folder for tables and figures; replaced if this program wrote it
     reference: str | None = None  # setting drawn in black, that others are compared with (default: batch size 32)
+
+
+@dataclass
+class Contribution:
+    gammas: tuple[float, ...] = (0.97, 0.99, 0.997)  # discounts per agent step
+    steps: int = 500  # agent steps ahead
+    out: Path = Path("contribution.png")  # file to write
 
 
 @dataclass
@@ -107,11 +116,22 @@ def chosen(runs: list[Run], args: Common) -> list[Run]:
     return kept
 
 
+def default_grouping(runs: list[Run], from_tables: bool) -> list[str]:
+    """Return agent and batch_size; of tables every setting that has several values, as they have few."""
+    by = ["agent"]
+    if any("batch_size" in run.settings for run in runs):
+        by.append("batch_size")
+    if from_tables:
+        names = dict.fromkeys(name for run in runs for name in run.settings if name not in by)
+        by += [name for name in names if len({get(run, name) for run in runs}) > 1]
+    return by
+
+
 def study_of(args: Common, cache: Path | None):
     """Read, group and normalise."""
     runs = read_runs(args, cache)
     by = [name.strip() for name in args.by.split(",") if name.strip()]
-    by = by or ["agent", *["batch_size"] * any("batch_size" in run.settings for run in runs)]
+    by = by or default_grouping(runs, from_tables=not args.runs)
     normalize = args.normalize
     if normalize == "auto":
         baselines = read_baselines()
@@ -131,6 +151,18 @@ def report(args: Report) -> None:
     print(f"{len(names)} files in {args.out}: open {args.out / 'report.html'}")
 
 
+def draw_contribution(args: Contribution) -> None:
+    """Draw gamma^t."""
+    if not all(0 <= gamma <= 1 for gamma in args.gammas) or not args.gammas:
+        raise BadInput("--gammas must be from 0 to 1.")
+    if not 1 <= args.steps <= 1_000_000:
+        raise BadInput("--steps must be from 1 to 1,000,000.")
+    if args.out.suffix not in (".png", ".svg", ".pdf"):
+        raise BadInput(f"--out is {args.out}: its name must end in .png, .svg or .pdf.")
+    contribution(args.gammas, args.steps).savefig(args.out)
+    print(args.out)
+
+
 def main() -> None:
     """Run the command line."""
     arguments = sys.argv[1:]
@@ -139,6 +171,8 @@ def main() -> None:
             args = tyro.cli(Compare, args=arguments[1:], prog="python -m analysis compare", description=__doc__)
             study = study_of(args, args.cache)
             print(compare(study, *args.pair, args.resamples, np.random.default_rng(args.seed)))
+        elif arguments[:1] == ["contribution"]:
+            draw_contribution(tyro.cli(Contribution, args=arguments[1:], prog="python -m analysis contribution"))
         else:
             report(tyro.cli(Report, args=arguments, prog="python -m analysis", description=__doc__))
     except BadInput as error:

@@ -1,8 +1,9 @@
 """The figures, in one style: black for the reference, colours that the colour-blind can tell apart, axes with units."""
 
+import itertools
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import matplotlib
@@ -326,3 +327,26 @@ def mean_series(runs: list[Run], tag: str, last: int) -> tuple[np.ndarray, np.nd
         tables.append(dict(zip((series.steps * run.frames_per_step).tolist(), series.values.tolist(), strict=True)))
     frames = sorted(frames for frames in set(tables[0]).intersection(*tables[1:]) if frames <= last)
     return np.array(frames), np.array([np.mean([table[at] for table in tables]) for at in frames])
+
+
+def contribution(gammas: Iterable[float], steps: int) -> Figure:
+    """What a reward counts for when it is t steps away, gamma^t, and in how many steps that has fallen to 1 / e."""
+    ahead = np.arange(steps + 1)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.5, 3.4))
+        axes = figure.subplots()
+        for gamma, colour in zip(sorted(gammas), itertools.cycle(COLOURS), strict=False):
+            weights = float(gamma) ** ahead
+            axes.plot(ahead, weights, color=colour, label=f"gamma = {gamma:g}")
+            below = np.flatnonzero(weights < math.exp(-1))
+            if len(below):
+                axes.plot(below[0], weights[below[0]], "o", color=colour, markersize=4)
+                axes.annotate(f"{below[0]}", (below[0], weights[below[0]]), (4, 4), textcoords="offset points")
+        axes.set_xlabel("agent steps ahead, t")
+        axes.set_ylabel("share of a reward in the value, gamma^t")
+        axes.set_ylim(0, 1.02)
+        axes.set_xlim(0, steps)
+        axes.legend()
+        figure.supxlabel("Points: the first step at which less than 1 / e is left.", fontsize=7, color="0.35")
+        figure.canvas.draw()
+    return figure

@@ -14,7 +14,7 @@ from analysis import figures, statistics
 from analysis.compare import verdict
 from analysis.results import compute
 from analysis.runs import BadInput
-from analysis.scores import Group, Run, Study, make_study
+from analysis.scores import Group, Run, Study, label_of, make_study
 
 COLOURS = {8: "#0072B2", 16: "#D55E00", 32: "black", 64: "#009E73"}  # of batch sizes, as in analysis.figures
 OTHERS = ["black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # of other values, in their order
@@ -36,6 +36,11 @@ class Panel:
         """Whether there are too few runs to tell."""
         return bool(self.study.mark(*self.study.groups))
 
+    @property
+    def groups(self) -> list[Group]:
+        """The lines, in the order of their values."""
+        return sorted(self.study.groups, key=lambda group: self.values.index(*group.key))
+
     def colour(self, group: Group) -> str:
         (value,) = group.key
         if self.study.by == ["batch_size"] and value in COLOURS:
@@ -49,7 +54,7 @@ def make_panel(title: str, curves: list[Run], line: str, values: list) -> Panel:
     Raises BadInput if there is no run of the reference, or no game that all have.
     """
     usual = USUAL if line == "batch_size" and USUAL in values else values[0]
-    label = f"{line.replace('_', ' ')} {usual}"
+    label = label_of([line], (usual,))
     if all(curve.settings[line] != usual for curve in curves):
         raise BadInput(f"no run with {label}, which others are compared with, is finished.")
     minatar = curves[0].game.startswith("MinAtar/")
@@ -63,6 +68,8 @@ def make_panel(title: str, curves: list[Run], line: str, values: list) -> Panel:
 
 def grid(count: int, columns: int, width: float, height: float, same_scale: bool = False):
     """A figure and its panels, row by row."""
+    if count == 1:
+        width, height = 2 * width, 1.4 * height
     rows = math.ceil(count / columns)
     drawn = Figure(figsize=(width * columns + 0.6, height * rows + 0.9))
     axes = drawn.subplots(rows, columns, squeeze=False, sharey=same_scale).ravel()
@@ -89,7 +96,7 @@ def curves(panels: list[Panel], columns: int, time: bool = False) -> Figure:
     for panel, place in zip(panels, axes, strict=False):
         study = panel.study
         scale, unit = figures.frames_unit(study.frames)
-        for group in study.groups:
+        for group in panel.groups:
             strata = [group.normalised[game] for game in study.scored]
             found = statistics.estimate(strata, rng, ["iqm"], RESAMPLES)["iqm"]
             across = study.frames / scale
@@ -149,6 +156,29 @@ def diagnostics(panels: list[Panel], columns: int) -> Figure:
     """Returns and diagnostics, a row for each game."""
     (panel,) = panels
     return figures.diagnostics(compute(panel.study, panel.reference.label, RESAMPLES, np.random.default_rng(0)))
+
+
+def table(panels: list[Panel]) -> Iterator[str]:
+    """The last scores of a figure as a Markdown table: IQM, its interval, and what it rests on."""
+    yield "| panel | setting | IQM | 95% interval | games | runs of each |"
+    yield "|-|-|-|-|-|-|"
+    rng = np.random.default_rng(0)
+    for panel in panels:
+        study = panel.study
+        for group in panel.groups:
+            found = statistics.estimate(group.strata(study.scored), rng, ["iqm"], RESAMPLES)["iqm"]
+            runs = [len(group.runs[game]) for game in study.scored]
+            counted = f"{min(runs)} to {max(runs)}" if min(runs) < max(runs) else str(runs[0])
+            ends = f"{found.low:.2f} to {found.high:.2f}{study.mark(group)}"
+            yield f"| {panel.title} | {group.label} | {found.point:.2f} | {ends} | {len(runs)} | {counted} |"
+
+
+def mark_steps(drawn: Figure, steps: list[int], frames_per_step: int):
+    """Draw a line in every panel at these agent steps."""
+    for place in drawn.axes:
+        unit, _ = figures.frames_unit(np.array([place.dataLim.x1]))
+        for step in steps:
+            place.axvline(step * frames_per_step / unit, color="0.3", linestyle=":", linewidth=1.1, zorder=1)
 
 
 def sentences(panels: list[Panel]) -> Iterator[str]:

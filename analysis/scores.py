@@ -248,7 +248,8 @@ def read_baselines() -> dict[str, tuple[float, float]]:
 def label_of(by: list[str], key: tuple) -> str:
     """('qrdqn', 8) -> 'qrdqn, batch size 8'."""
     named = zip(by, key, strict=True)
-    return ", ".join(str(value) if name == "agent" else f"{name.replace('_', ' ')} {value}" for name, value in named)
+    plain = ("agent", "variant")
+    return ", ".join(str(value) if name in plain else f"{name.replace('_', ' ')} {value}" for name, value in named)
 
 
 def get(run: Run, name: str):

@@ -53,7 +53,10 @@ def make_panels(figure: Figure, found: list, values: dict[str, tuple]) -> list[p
 
 
 def draw(name: str, asked: Figure, scale: str, overrides: dict, folder: Path, record: Record, out: Path):
-    """Write a figure as PNG and SVG, and say what it shows and what is missing. Raises BadInput if nothing is there."""
+    """Write a figure as PNG and SVG, its last scores as a table, and say what it shows and what is missing.
+
+    Raises BadInput if nothing is there.
+    """
     found, missing = find_runs(asked, scale, overrides, folder, record)
     planned = len(found) + len(missing)
     if not found:
@@ -65,6 +68,9 @@ def draw(name: str, asked: Figure, scale: str, overrides: dict, folder: Path, re
     columns = min(len(values[asked.panels[-1]]), len(made), 4)
     with matplotlib.rc_context(figures.STYLE):
         drawn = getattr(panels, asked.draw)(made, columns)
+        if asked.marks and scale != "smoke":
+            panels.mark_steps(drawn, asked.marks, 4 if scale == "paper" else 1)
+            drawn.supxlabel(f"{drawn.get_supxlabel()}; dotted lines: resets")
         few = (
             f", fewer than {statistics.ENOUGH_RUNS} of a game, too few to tell"
             if any(panel.few for panel in made)
@@ -76,6 +82,8 @@ def draw(name: str, asked: Figure, scale: str, overrides: dict, folder: Path, re
         out.mkdir(parents=True, exist_ok=True)
         for kind, facts in (("png", {}), ("svg", {"metadata": {"Date": None}})):
             drawn.savefig(out / f"{name}.{kind}", **facts)
+
+    (out / f"{name}.md").write_text("\n".join(panels.table(made)) + "\n")
 
     print(f"{out / name}.png: {asked.asks}")
     for sentence in panels.sentences(made):

@@ -1,4 +1,4 @@
-"""The study's figures as data: what each asks, and which runs answer it.
+"""The study's figures, and one more, as data: what each asks, and which runs answer it.
 
 Obando-Ceron, Bellemare and Castro, "Small batch deep reinforcement learning", 2023. What the study leaves open is ours,
 and marked so; everything named minatar is. Every value in `varied` meets every other; a figure has `panels` for some of
@@ -32,7 +32,9 @@ class Figure:
     minatar_steps: int = 500_000
     minatar_games: tuple[str, ...] = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
     minatar_varied: dict[str, tuple] = field(default_factory=dict)  # values that differ there
+    minatar_seeds: int = 5  # at least: what an interval takes
     atari_only: bool = False  # asks for what MinAtar does not have
+    marks: tuple[int, ...] = ()  # agent steps to draw a line at
 
 
 SMALL_AND_USUAL = {"batch_size": (8, 32)}  # in the long runs: ours
@@ -73,6 +75,16 @@ REMOVED = {
     "- n-step": ALL_ON | {"n_step": 1},
     "- prioritized": ALL_ON | {"prioritized": False},
     "- distributional": ALL_ON | {"distributional": False},
+}
+
+# what SR-SPR and BBF add to SPR, all with two updates a step; at a batch of 32 alone
+HEIRS = {
+    "spr": {"agent": "spr"},
+    "sr_spr": {"agent": "sr_spr", "replay_ratio": 2},
+    "bbf": {},
+    "bbf without resets": {"reset_interval": 0},
+    "bbf without schedules": {"initial_n_step": 3, "initial_gamma": 0.997},
+    "bbf without self-prediction": {"spr_weight": 0.0},
 }
 
 FIGURES = {
@@ -207,6 +219,21 @@ FIGURES = {
         SMALL_AND_USUAL,
         seeds=5,
     ),
+    "bbf": Figure(  # not of the study: Schwarzer et al., "Bigger, better, faster", 2023
+        "What do resets, schedules and self-prediction add?",
+        "curves",
+        ("bbf",),
+        {},
+        games="atari100k_26",
+        steps=100_000,
+        panels=("agent",),
+        line="variant",
+        variants=HEIRS,
+        minatar_steps=100_000,
+        minatar_games=("Asterix", "Breakout", "SpaceInvaders"),
+        minatar_seeds=3,
+        marks=(20_002, 40_003, 60_004),  # resets
+    ),
 }
 
 # ---- flags of the scales that are not the study's own: --scale minatar and smoke
@@ -229,6 +256,8 @@ MINATAR = {
     "der": RATE | SUPPORT,
     "drq_eps": RATE | {"image_pad": 1},
     "spr": RATE | SUPPORT | {"image_pad": 1},
+    "sr_spr": RATE | SUPPORT | {"image_pad": 1},
+    "bbf": RATE | SUPPORT | {"image_pad": 1, "width_scale": 1},
     "cql_offline": RATE | SUPPORT | OFFLINE,
 }
 
@@ -243,6 +272,8 @@ SMOKE = {
     "eval_episodes": 2,
     "eval_steps": 50,
     "max_episode_steps": 60,
+    "reset_interval": 200,
+    "schedule_updates": 100,
 }
 SMOKE_STEPS = 400
 SMOKE_STEPS_ON_ATARI = 240

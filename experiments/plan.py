@@ -134,7 +134,7 @@ def games_of(figure: Figure, scale: str) -> list[str]:
 
 
 def seeds_of(figure: Figure, scale: str) -> range:
-    count = {"paper": figure.seeds, "minatar": max(figure.seeds, 5), "smoke": 2}[scale]  # 5: what an interval takes
+    count = {"paper": figure.seeds, "minatar": max(figure.seeds, figure.minatar_seeds), "smoke": 2}[scale]
     return range(1, count + 1)
 
 
@@ -160,11 +160,11 @@ def base_flags(figure: Figure, agent: str, scale: str) -> dict:
 
 def make_run(figure: Figure, setting: dict, env_id: str, seed: int, scale: str, overrides: dict) -> Run:
     """A run is named after what is not usual in it, so that it is the same one in every figure."""
-    agent = setting["agent"]
+    variant = dict(figure.variants.get(setting.get("variant"), {}))
+    agent = variant.pop("agent", setting["agent"])
     known = defaults_of(agent)
     usual = {name: value for name, value in base_flags(figure, agent, scale).items() if name in known}
     chosen = {name: value for name, value in setting.items() if name not in ("agent", "variant")}
-    variant = figure.variants.get(setting.get("variant"), {})
     flags = known | usual | figure.flags | variant | chosen | overrides
 
     told = {name for name in flags if flags[name] != (known | usual)[name]}

@@ -348,6 +348,40 @@ def test_grouping_by_any_flag(tmp_path):
     assert [group.label for group in study(tmp_path, text, ["dueling"], header=header).groups] == ["dueling True"]
 
 
+def test_a_table_is_grouped_by_its_settings(no_figures, tmp_path, monkeypatch, capsys):
+    """By those that have several values, and only where nothing says otherwise."""
+    text = "agent,game,seed,frames,score,width,eps,batch_size\n"
+    for width, batch_size in [(1, 8), (1, 32), (4, 8)]:
+        text += f"dqn,Pong,1,400,1.0,{width},0.1,{batch_size}\n"
+    path = table_of(tmp_path, text)
+    for flags, settings in [
+        ([], {"dqn, batch size 8, width 1", "dqn, batch size 32, width 1", "dqn, batch size 8, width 4"}),
+        (["--by", "width", "--only", "batch_size=8"], {"width 1", "width 4"}),
+    ]:
+        out = tmp_path / f"out{len(flags)}"
+        status, *_ = run_command(monkeypatch, capsys, "--scores", path, "--out", out, "--resamples", "50", *flags)
+        assert status == 0
+        assert {row["setting"] for row in table_in(out / "aggregates.csv")} == settings
+
+
+def test_contribution(tmp_path, monkeypatch, capsys, refused):
+    figure = figures.contribution([0.9, 0.5], 20)
+    lines = {line.get_label(): line for line in figure.axes[0].lines if line.get_label().startswith("gamma")}
+    assert list(lines) == ["gamma = 0.5", "gamma = 0.9"]
+    value = 1.0
+    for t in range(21):
+        assert lines["gamma = 0.9"].get_xydata()[t].tolist() == pytest.approx([t, value])
+        value *= 0.9
+    assert [note.get_text() for note in figure.axes[0].texts] == ["2", "10"]  # 0.5^2 = 0.25, 0.9^10 = 0.349 < 1 / e
+
+    out = tmp_path / "contribution.svg"
+    assert run_command(monkeypatch, capsys, "contribution", "--gammas", "0.97", "1", "--out", out)[0] == 0
+    assert "gamma = 0.97" in out.read_text()
+    assert "--gammas must be" in refused("contribution", "--gammas", "1.1")
+    assert "--steps must be" in refused("contribution", "--steps", "0")
+    assert "must end in" in refused("contribution", "--out", tmp_path / "contribution")
+
+
 def test_different_protocols_in_a_group_raise_a_warning(tmp_path):
     sticky = {"sticky_actions": 0.25, "eval_episodes": 10}
     write_run(tmp_path / "1", flags=sticky, packages={"ale-py": "0.12.1"})

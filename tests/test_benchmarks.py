@@ -5,8 +5,10 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT, load, make_args
+from torch.utils.tensorboard import SummaryWriter
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 
@@ -124,3 +126,44 @@ def test_a_finished_run_of_the_same_flags_is_found(script, dqn, tmp_path, monkey
     assert learning.find_run(tmp_path, "rainbow", {"total_timesteps": 8, "seed": 1}) is None
     (run / "finished").unlink()
     assert learning.find_run(tmp_path, "dqn", {"total_timesteps": 8, "seed": 1}) is None
+
+
+# ---- floor.py
+def test_the_parts_of_an_update_are_counted(script, capsys):
+    """One round with a small product, of the smaller agent: 23.1 GFLOP, of which the augmentation has none."""
+    floor = script("floor")
+    floor.main(floor.Args(agent="sr_spr", rounds=1, matrix=256, cuda=False))
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    found = {row[0].removeprefix("| "): row[1:] for row in rows[1:]}
+    assert list(found) == ["matrix product", "update", "augmentation", "roll-out"]
+    assert float(found["update"][0]) == pytest.approx(23.1, abs=0.1)
+    assert found["augmentation"][0] == "0.0"
+    assert found["update"][3:] == ["100.0%", "100.0% |"]
+
+
+# ---- atari100k.py
+def test_runs_stand_beside_those_of_their_replay_ratio(script, tmp_path, capsys):
+    atari100k = script("atari100k")
+    for agent, flags, value in [
+        ("bbf", {"replay_ratio": 8}, 20.0),
+        ("sr_spr", {"replay_ratio": 8}, -3.0),
+        ("der", {}, -13.9),
+    ]:
+        folder = tmp_path / agent
+        writer = SummaryWriter(str(folder))
+        writer.add_scalar("eval/episodic_return", value, 100_000)
+        writer.close()
+        flags |= {"env_id": "ALE/Pong-v5", "total_timesteps": 100_000, "seed": 1}
+        (folder / "args.json").write_text(json.dumps({"agent": agent, "args": flags}))
+        (folder / "finished").touch()
+    atari100k.main(atari100k.Args(tuple(tmp_path.iterdir()), out=tmp_path / "figure.png"))
+    rows = [row for row in capsys.readouterr().out.splitlines() if "Pong" in row]
+    published = atari100k.read_published()
+    theirs = published["BBF", "8", "Pong"]
+    assert len(theirs) == 52
+    below = sum(score < 20 for score in theirs)
+    assert rows[0].startswith(f"| bbf, replay ratio 8, Pong | 1 | 20.00 | {np.median(theirs):.1f} | ")
+    assert rows[0].endswith(f"| {below} of 52 |")
+    assert rows[1].startswith("| der, Pong | 1 | -13.90 | ")
+    assert rows[2].endswith(f"| {sum(score < -3 for score in published['SPR', '', 'Pong'])} of 100 |")
+    assert (tmp_path / "figure.png").stat().st_size > 5_000

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, load
 
-from analysis import panels
+from analysis import figures, panels
 from analysis.runs import BadInput
 from analysis.scores import Run as Curve
 from experiments import __main__ as command_line
@@ -57,6 +57,7 @@ def runs_of(name, scale="paper", overrides=()):
         ("fig2.22", 4 * 3 * 3, 4 * 5 * 5),
         ("fig2.25", 3 * 2 * 4 * 17 * 5, 3 * 2 * 4 * 5 * 5 + 5),  # and on MinAtar a recording of each game
         ("small-batch", 2 * 2 * 20 * 5, 2 * 2 * 5 * 5),
+        ("bbf", 6 * 26 * 3, 6 * 3 * 3),
     ],
 )
 def test_how_many_runs(name, paper, minatar):
@@ -65,7 +66,7 @@ def test_how_many_runs(name, paper, minatar):
 
 
 def test_every_figure_of_the_study_is_there():
-    assert set(FIGURES) == {f"fig2.{number}" for number in range(1, 26)} | {"small-batch"}
+    assert set(FIGURES) == {f"fig2.{number}" for number in range(1, 26)} | {"small-batch", "bbf"}
     for figure in FIGURES.values():
         assert figure.asks.endswith("?")
         varied = {"agent", *figure.varied, *(["variant"] if figure.variants else [])}
@@ -104,6 +105,21 @@ def test_a_plan_by_hand():
     assert flags["learning_rate"] == 2.5e-4
     offline = runs_of("fig2.25", "paper", {"dataset_dir": "/data/{game}/1/replay_logs"})
     assert dict(offline[0].flags)["dataset_dir"] == "/data/Asterix/1/replay_logs"
+
+
+def test_the_heirs_of_spr():
+    """Six settings, of three agents; the lines of the figure are where the networks are reset."""
+    found = {}
+    for run in runs_of("bbf", "minatar"):
+        module = load(ROOT / "agents" / f"{run.agent}.py")
+        found[run.exp_name] = module.Args(**dict(run.flags))
+    assert len(found) == 6
+    ratios = [getattr(args, "replay_ratio", None) or args.updates_per_step for args in found.values()]
+    assert ratios == [2] * 6
+    with_resets = [args for args in found.values() if getattr(args, "reset_interval", 0)]
+    assert len(with_resets) == 4
+    bbf = load(ROOT / "agents" / "bbf.py")
+    assert all(tuple(bbf.reset_steps(args)) == FIGURES["bbf"].marks for args in with_resets)
 
 
 def test_figures_share_runs():
@@ -531,6 +547,30 @@ def test_a_record_replaces_the_folders(short_study, tmp_path, capsys):
     assert f"missing are 3 of 10 runs: {runs[7].name}, {runs[8].name}, {runs[9].name}" in said
     assert Path("figures/short.png").stat().st_size > 5_000
     assert Path("figures/short.svg").exists()
+    table = Path("figures/short.md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[1] for row in table] == ["batch size 8", "batch size 32"]
+    assert [row.split(" | ")[-1] for row in table] == ["4 |", "3 |"]
+
+
+def test_a_figure_with_lines_at_resets(tmp_path):
+    """Lines in the order of the variants, the first the reference, and marks at the right frames."""
+    figure = FIGURES["bbf"]
+    found = []
+    for number, variant in enumerate(reversed(figure.variants)):
+        setting = {"agent": "bbf", "variant": variant}
+        scores = [1.0, 2.0 + number]
+        found += [(setting, fake_curve(32, "MinAtar/Breakout", seed, scores)) for seed in (1, 2)]
+    (made,) = draw.make_panels(figure, found, plan.values_of(figure, "minatar"))
+    assert made.reference.label == "spr"
+    drawn = panels.curves([made], 1)
+    assert [line.get_label() for line in drawn.axes[0].lines] == list(figure.variants)
+    scale, _ = figures.frames_unit(made.study.frames)
+    panels.mark_steps(drawn, [30, 70], 4)
+    assert [line.get_xdata()[0] for line in drawn.axes[0].lines[6:]] == [120 / scale, 280 / scale]
+    rows = list(panels.table([made]))[2:]
+    assert [row.split(" | ")[1] for row in rows] == list(figure.variants)
+    ends = [float(row.split(" | ")[2]) for row in rows]
+    assert ends == sorted(ends, reverse=True)
 
 
 def test_panels_stand_row_by_row():

@@ -8,6 +8,7 @@ from rliable import library, metrics
 from scipy import stats
 
 from analysis import statistics
+from analysis.__main__ import default_grouping
 from analysis.scores import DATA, make_study, open_table, read_scores
 
 RLIABLE = {
@@ -175,6 +176,46 @@ def test_the_same_seed_gives_the_same_interval_on_any_number_of_cores(monkeypatc
 def test_what_cannot_be_aggregated(strata):
     with pytest.raises(ValueError, match=r"at least one|not a finite number"):
         statistics.estimate(strata, np.random.default_rng(0), resamples=10)
+
+
+BBF = {  # IQM, median, mean, optimality gap at replay ratios 2 and 8, as computed apart from this project
+    "BBF": [(0.940, 0.755, 2.175, 0.377), (1.033, 0.879, 2.236, 0.340)],
+    "BBF+gamma=0.99": [(0.873, 0.706, 1.911, 0.370), (0.982, 0.893, 2.018, 0.327)],
+    "BBF+n=10": [(0.541, 0.473, 0.887, 0.478), (0.640, 0.664, 0.923, 0.429)],
+    "BBF-Annealing": [(0.649, 0.527, 1.971, 0.468), (0.852, 0.752, 2.084, 0.396)],
+    "BBF-HarderResets": [(0.881, 0.733, 1.608, 0.402), (0.604, 0.594, 1.126, 0.459)],
+    "BBF-Resets": [(0.653, 0.647, 1.097, 0.434), (0.398, 0.447, 0.739, 0.557)],
+    "BBF-SPR": [(0.826, 0.711, 1.737, 0.397), (0.969, 0.811, 1.910, 0.340)],
+    "BBF-WD": [(0.911, 0.783, 2.163, 0.381), (0.886, 0.875, 1.816, 0.348)],
+    "BBF+sticky": [(0.843, 0.756, 2.039, 0.385), (1.003, 0.855, 2.120, 0.338)],
+}
+STICKY = {20: 0.285, 40: 0.499, 60: 0.639, 80: 0.738, 100: 0.843, 200: 1.238, 500: 1.447, 1_000: 2.215}  # ratio 2
+
+
+def test_the_published_numbers_of_bbf():
+    """To all their digits, by the settings that `python -m analysis --scores` tells apart by itself."""
+    runs = read_scores(DATA / "bbf_published.csv.gz")
+    by = default_grouping(runs, from_tables=True)
+    assert by == ["agent", "replay_ratio"]
+    study = make_study(runs, by, "human")
+    assert len(study.scored) == 26 and study.frames.tolist() == [400_000]
+    strata = [group.strata(study.scored) for group in study.groups]
+    estimates = statistics.estimate_each(strata, np.random.default_rng(0), study.metrics, 10)
+    found = {group.key: estimate for group, estimate in zip(study.groups, estimates, strict=True)}
+    assert len(found) == 18
+    for agent, published in BBF.items():
+        for ratio, expected in zip((2, 8), published, strict=True):
+            points = found[agent, ratio]
+            names = ("iqm", "median", "mean", "optimality_gap")
+            assert tuple(round(points[name].point, 3) for name in names) == expected
+
+    sticky = [run for run in runs if (run.agent, run.settings["replay_ratio"]) == ("BBF+sticky", 2)]
+    study = make_study(sticky, ["agent"], "human")
+    curve = {}
+    for place, frames in enumerate(study.frames):
+        scores = np.concatenate([study.groups[0].normalised[game][:, place] for game in study.scored])
+        curve[int(frames) // 4_000] = round(stats.trim_mean(scores, 0.25), 3)
+    assert curve == STICKY
 
 
 def test_the_published_numbers():
