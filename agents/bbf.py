@@ -7,7 +7,7 @@
 
 Read after sr_spr.py; differs in (1) IMPALA's convolutions, four times as wide, (2) returns that shrink from 10 steps to
 3 and a discount that grows, after each reset, (3) weight decay, (4) stronger resets, (5) two updates a step, not eight.
-Departs from the release as sr_spr.py does; its priorities reach almost no sample, so that --no-prioritized is closer to
+Departs from the release as sr_spr.py does; the release's priorities reach almost no row: --no-prioritized is closer to
 the published scores. Their ablations:
     BBF-Resets: --reset-interval 0            BBF-HarderResets: --shrink 0.8 --perturb 0.2    BBF-SPR: --spr-weight 0
     BBF-Annealing: --initial-n-step 3 --initial-gamma 0.997      BBF+gamma=0.99: --initial-gamma 0.99 --gamma 0.99
@@ -18,10 +18,11 @@ the published scores. Their ablations:
 
 A minute on a CPU:
     python agents/bbf.py --env-id MinAtar/Breakout-v1 --total-timesteps 2000 --learning-starts 500 --width-scale 1
-        --reset-interval 1000 --schedule-updates 250 --learning-rate 2.5e-4 --adam-eps 3.125e-4 --v-min -100
+        --reset-interval 1200 --schedule-updates 250 --learning-rate 2.5e-4 --adam-eps 3.125e-4 --v-min -100
         --v-max 100 --image-pad 1
 """
 
+import bisect
 import copy
 import importlib.util
 import io
@@ -91,9 +92,9 @@ class Args:
     width_scale: int = 4  # channels and units, times this
     # ---- algorithm
     n_step: int = 3  # rewards in a return before it bootstraps
-    initial_n_step: int = 10  # --n-step at a reset, from where it falls
-    initial_gamma: float = 0.97  # --gamma at a reset, from where it grows
-    schedule_updates: int = 10_000  # updates from the initial values to the final ones
+    initial_n_step: int = 10  # --n-step at first and after a reset
+    initial_gamma: float = 0.97  # --gamma at first and after a reset
+    schedule_updates: int = 10_000  # updates from these to the final ones
     prioritized: bool = True  # sample transitions in proportion to their priority
     n_atoms: int = 51  # returns that carry the distribution
     v_min: float = -10.0  # smallest of these returns
@@ -102,7 +103,7 @@ class Args:
     intensity: float = 0.05  # standard deviation of an image's brightness factor
     spr_steps: int = 5  # agent steps of prediction
     spr_weight: float = 5.0  # weight of the predictions' loss
-    reset_interval: int = 40_000  # updates between resets (0: none)
+    reset_interval: int = 40_000  # updates between resets, in whole agent steps (0: none)
     shrink: float = 0.5  # what a reset leaves of encoder and transition model
     perturb: float = 0.5  # what it adds of fresh ones
     keep_moments: bool = False  # keep Adam's moments of encoder and transition model in a reset
@@ -110,7 +111,7 @@ class Args:
     def __post_init__(self):
         ranges = {"n_atoms": (2, 1000), "v_min": (-1e6, 0), "v_max": (1e-3, 1e6)}
         ranges["reset_interval"] = (0, 2**31 - 1)
-        ranges["initial_gamma"] = (0, 0.999_999)
+        ranges["gamma"] = ranges["initial_gamma"] = (0, 0.999_999)
         check_flags(self, **ranges, image_pad=(0, 42), spr_weight=(0, 1e6))
         most = min(self.learning_starts, self.max_episode_steps, self.buffer_size // 2 - 6)
         for flag in ("initial_n_step", "spr_steps"):
@@ -123,7 +124,7 @@ class Args:
         if self.gamma < self.initial_gamma:
             fail(f"--gamma is {self.gamma}: it grows to that from --initial-gamma, which is {self.initial_gamma}.")
         if self.reset_interval and not reset_steps(self):
-            fail(f"--reset-interval is {self.reset_interval}: there will be no reset; 0 says so.")
+            fail(f"--reset-interval is {self.reset_interval}: there will be no reset in this run; 0 asks for that.")
 
 
 # ======================================= the algorithm =======================================
@@ -276,8 +277,9 @@ def scheduled(updates: int, args: Args) -> tuple[int, float]:
 
 def updates_since_reset(global_step: int, resets: range, args: Args) -> int:
     """Return how many updates came before those of this step, since the last reset or the first update."""
-    starts = [args.learning_starts, *[step for step in resets if step < global_step]]
-    return (global_step - 1 - max(starts)) * args.replay_ratio
+    past = resets[: bisect.bisect_left(resets, global_step)]
+    start = max([args.learning_starts, *past[-1:]])
+    return (global_step - 1 - start) * args.replay_ratio
 
 
 def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
@@ -289,7 +291,7 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
 
 
 def reset_steps(args: Args) -> range:
-    """Return the agent steps with a reset: each has a whole interval before it and, to recover, behind it."""
+    """Return the agent steps with a reset: each has a whole interval before it, and one after it."""
     interval = args.reset_interval // args.replay_ratio
     if interval == 0:
         return range(0)
@@ -331,7 +333,7 @@ def train(args: Args) -> Path:
     target_network = copy.deepcopy(q_network)
     optimizer = make_optimizer(q_network, args)
     replay = SequenceReplay(obs_space, args, device, rng)
-    replay.n_step = max(args.initial_n_step, args.spr_steps)
+    replay.n_step = max(args.initial_n_step, args.spr_steps)  # rows wait for so many
     resets = reset_steps(args)
 
     global_step = 0  # agent steps so far

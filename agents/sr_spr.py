@@ -5,18 +5,19 @@
 # ///
 """SR-SPR (D'Oro et al., 2023): SPR that learns eight times from every step, and starts anew now and then.
 
-Read after spr.py; differs in (1) resets: the head is made anew, encoder and transition model are shrunk and perturbed,
-(2) many updates a step, with as many updates between resets however many they are, (3) a target network that is a
-moving average and acts, (4) epsilon-greedy exploration in place of noisy layers.
-Departs from the paper as Dopamine does (see spr.py); and from its release in that steps after a termination alone are
-masked, and that Adam can keep its moments (--keep-moments), which the release means to do and does not.
+Read after spr.py; differs in (1) resets: projection, predictor and head are made anew, encoder and transition model
+shrunk and perturbed, (2) many updates a step, 40,000 of them between resets whatever the ratio, (3) a target network
+that is a moving average and acts, (4) epsilon-greedy exploration in place of noisy layers, as in the authors' release.
+Departs from the release, besides what spr.py says: a prediction is masked only once the game is over, each row has a
+priority of its own, returns bootstrap from s_{t+n}. A reset of Adam is what it does and not what it means to do:
+--keep-moments.
 
 400,000 frames, the benchmark (the paper's best: --replay-ratio 16):
     python agents/sr_spr.py --env-id ALE/Pong-v5
 
 Two minutes on a CPU:
-    python agents/sr_spr.py --env-id MinAtar/Breakout-v1 --total-timesteps 3000 --learning-starts 1000
-        --replay-ratio 2 --reset-interval 1000 --learning-rate 2.5e-4 --adam-eps 3.125e-4 --v-min -100 --v-max 100
+    python agents/sr_spr.py --env-id MinAtar/Breakout-v1 --total-timesteps 3000 --learning-starts 500
+        --replay-ratio 2 --reset-interval 1500 --learning-rate 2.5e-4 --adam-eps 3.125e-4 --v-min -100 --v-max 100
         --image-pad 1
 """
 
@@ -94,7 +95,7 @@ class Args:
     intensity: float = 0.05  # standard deviation of an image's brightness factor
     spr_steps: int = 5  # agent steps of prediction
     spr_weight: float = 5.0  # weight of the predictions' loss
-    reset_interval: int = 40_000  # updates between resets (0: none)
+    reset_interval: int = 40_000  # updates between resets, in whole agent steps (0: none)
     shrink: float = 0.8  # what a reset leaves of encoder and transition model
     perturb: float = 0.2  # what it adds of fresh ones
     keep_moments: bool = False  # keep Adam's moments of encoder and transition model in a reset
@@ -109,7 +110,7 @@ class Args:
         if self.spr_steps > self.n_step:
             fail(f"--spr-steps is {self.spr_steps}: it must be at most --n-step, {self.n_step}.")
         if self.reset_interval and not reset_steps(self):
-            fail(f"--reset-interval is {self.reset_interval}: there will be no reset; 0 says so.")
+            fail(f"--reset-interval is {self.reset_interval}: there will be no reset in this run; 0 asks for that.")
 
 
 # ======================================= the algorithm =======================================
@@ -253,7 +254,7 @@ def importance_weights(replay, rows: np.ndarray) -> Tensor:
 
 
 def reset_steps(args: Args) -> range:
-    """Return the agent steps with a reset: each has a whole interval before it and, to recover, behind it."""
+    """Return the agent steps with a reset: each has a whole interval before it, and one after it."""
     interval = args.reset_interval // args.replay_ratio
     if interval == 0:
         return range(0)
