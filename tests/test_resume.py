@@ -39,7 +39,7 @@ def small(module, **flags):
     if hasattr(module.Args, "n_tau"):
         own.update(n_tau=8, n_target_tau=8, n_policy_tau=8)  # faster
     if hasattr(module.Args, "reset_interval"):
-        own.update(reset_interval=70)  # the networks are reset after steps 72, 143 and 214
+        own.update(reset_interval=50)  # the networks are reset after steps 52, 103, 154 and 205
     return make_args(module, **(own | flags))
 
 
