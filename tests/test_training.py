@@ -384,8 +384,14 @@ def test_a_file_copied_alone_trains_on_pong(path, tmp_path):
     """The file imports nothing of this repository: in an empty folder it learns from real Pong."""
     shutil.copy(path, tmp_path)
     command = [sys.executable, "-I", path.name, "--env-id", "ALE/Pong-v5", "--total-timesteps", "300"]
-    command += ["--learning-starts", "280", "--train-frequency", "4", "--buffer-size", "1000", "--eval-episodes", "0"]
+    command += ["--learning-starts", "280", "--buffer-size", "1000", "--eval-episodes", "0"]
     command += ["--start-e", "1", "--end-e", "1", "--no-cuda"]
+    if path.stem in AVERAGING:
+        command += ["--replay-ratio", "1", "--reset-interval", "140"]
+    else:
+        command += ["--train-frequency", "4"]
+    if path.stem == "bbf":
+        command += ["--width-scale", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
