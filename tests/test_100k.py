@@ -357,17 +357,20 @@ def slow_renormalised(x):
     return (x - x.min()) / (x.max() - x.min() + 1e-5)
 
 
-def test_spr_loss_against_a_loop(spr):
+@pytest.mark.parametrize("name", ["spr", "sr_spr", "bbf"])
+def test_spr_loss_against_a_loop(name, request):
     """One transition and one step ahead at a time, in float64, from the definition."""
-    network, frozen = [make_network(spr, MINATAR, 3, seed=seed) for seed in (1, 2)]
+    module = request.getfixturevalue(name)
+    network, frozen = [make_network(module, MINATAR, 3, seed=seed) for seed in (1, 2)]
     slow, slow_frozen = copy.deepcopy(network).double(), copy.deepcopy(frozen).double()
     generator = torch.Generator().manual_seed(0)
     obs = torch.rand(6, 4, 10, 10, generator=generator)  # augmented images: channels first
     states = torch.rand(6, 5, 4, 10, 10, generator=generator)
     actions = torch.randint(0, 3, (6, 5), generator=generator)
     masks = (torch.arange(5) < torch.tensor([5, 4, 3, 1, 0, 5])[:, None]).float()
-    spr.draw_noise(network, frozen)  # which must have no part in this
-    losses = spr.prediction_loss(network, frozen, network.encode(obs), states.flatten(0, 1), actions, masks)
+    if name == "spr":
+        module.draw_noise(network, frozen)  # which must have no part in this
+    losses = module.prediction_loss(network, frozen, network.encode(obs), states.flatten(0, 1), actions, masks)
     for b in range(6):
         z, total = slow_renormalised(slow.convolutions(obs[b : b + 1].double())[0]), 0.0
         for k in range(5):

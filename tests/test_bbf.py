@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import (
     check_same,
     contents,
@@ -19,7 +18,6 @@ from conftest import (
     stop_in_step,
     stopped,
 )
-from test_100k import slow_renormalised
 from test_replay import ENDINGS, LENGTHS, Script, check_batch, make_replay, sample_rows
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -318,34 +316,6 @@ def test_an_ablation_to_nothing_trains(module):
     logged = scalars(folder)
     assert len(logged["charts/resets"]) == 8
     assert np.isfinite([value for _, value in logged["losses/td_loss"]]).all()
-
-
-def test_the_predictions_loss_against_a_loop(module):
-    """One transition and one step ahead at a time, in float64, from the definition."""
-    network, frozen = [make_network(module, MINATAR, 3, seed=seed) for seed in (1, 2)]
-    slow, slow_frozen = copy.deepcopy(network).double(), copy.deepcopy(frozen).double()
-    generator = torch.Generator().manual_seed(0)
-    obs = torch.rand(4, 4, 10, 10, generator=generator)  # augmented images: channels first
-    states = torch.rand(4, 5, 4, 10, 10, generator=generator)
-    actions = torch.randint(0, 3, (4, 5), generator=generator)
-    masks = (torch.arange(5) < torch.tensor([5, 3, 1, 0])[:, None]).float()
-    losses = module.prediction_loss(network, frozen, network.encode(obs), states.flatten(0, 1), actions, masks)
-    for b in range(4):
-        z = slow_renormalised(slow.convolutions(obs[b : b + 1].double())[0])
-        total = 0.0
-        for k in range(5):
-            planes = torch.zeros(3, 8, 8, dtype=torch.float64)
-            planes[actions[b, k]] = 1
-            x = torch.cat([z.reshape(16, 8, 8), planes])[None]
-            for layer in (slow.transition[0], slow.transition[2]):
-                x = F.conv2d(F.pad(x, (1, 1, 1, 1)), layer.weight, layer.bias).clamp(min=0)
-            z = slow_renormalised(x.flatten())
-            y = slow.predictor.weight @ (slow.dense[0].weight @ z + slow.dense[0].bias) + slow.predictor.bias
-            future = slow_renormalised(slow_frozen.convolutions(states[b, k : k + 1].double())[0])
-            target = slow_frozen.dense[0].weight @ future + slow_frozen.dense[0].bias
-            total += masks[b, k].item() * ((y / y.norm() - target / target.norm()) ** 2).sum().item()
-        assert losses[b].item() == pytest.approx(total / 5, rel=1e-4, abs=1e-6)
-    assert losses[3].item() == 0
 
 
 # ---- the network
