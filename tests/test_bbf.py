@@ -59,7 +59,7 @@ def slow_reset_steps(interval, total):
 
 
 @pytest.mark.parametrize("replay_ratio", [2, 8])
-@pytest.mark.parametrize("total", [20_000, 45_002, 45_003, 50_000, 100_000, 200_000, 1_000_000])
+@pytest.mark.parametrize("total", [20_000, 40_001, 40_002, 50_000, 100_000, 100_019, 100_020, 1_000_000])
 def test_reset_steps_against_a_loop(module, replay_ratio, total):
     interval = 40_000 // replay_ratio
     expected = slow_reset_steps(interval, total)
@@ -67,7 +67,7 @@ def test_reset_steps_against_a_loop(module, replay_ratio, total):
     if expected:
         assert list(module.reset_steps(module.Args(**flags))) == expected
     else:
-        assert (replay_ratio, total) == (2, 20_000)
+        assert replay_ratio == 2 and total in (20_000, 40_001)  # the first, in step 20,002, has no 20,000 left
 
 
 def test_the_published_resets(module):
