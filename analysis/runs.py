@@ -21,7 +21,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 KEPT = ("charts/episodic_return", "eval/episodic_return", "diagnostics/")  # beginnings of the tags that are kept
 RETURNS = ("charts/episodic_return", "eval/episodic_return")
-LAYOUT = 2  # of a cached file: another number makes the old ones unreadable, and they are made anew
+LAYOUT = 3  # of a cached file: another number makes the old ones unreadable, and they are made anew
 
 
 class BadInput(Exception):
@@ -49,7 +49,10 @@ class Folder:
 
     @property
     def finished(self) -> bool:
-        return self.last_step >= self.record["args"]["total_timesteps"]
+        """Whether no step is left, or too few for a roll-out."""
+        flags = self.record["args"]
+        rollout = flags.get("num_envs", 1) * flags.get("num_steps", 1)
+        return self.last_step + rollout > flags["total_timesteps"]
 
 
 def find_folders(paths: Iterable[Path]) -> list[Path]:
@@ -108,7 +111,8 @@ def read_folder(path: Path, cache: Path | None) -> Folder:
         folder.cut_off = cut_off
     for tag, parts in collected.items():
         table = np.concatenate(parts)
-        table = table[np.diff(table[:, 0], append=np.inf) != 0]  # an evaluation made anew after a kill counts once
+        if tag.startswith("eval/"):  # one that was made anew after a kill counts once; many games may end in a step
+            table = table[np.diff(table[:, 0], append=np.inf) != 0]
         folder.last_step = max(folder.last_step, int(table[:, 0].max(initial=0)))
         if tag.startswith(KEPT):
             folder.series[tag] = Series(table[:, 0].astype(np.int64), table[:, 1], table[:, 2])

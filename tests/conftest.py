@@ -18,7 +18,8 @@ from tensorboard.summary.writer import event_file_writer
 
 ROOT = Path(__file__).resolve().parent.parent
 AGENTS = sorted((ROOT / "agents").glob("*.py"))
-ONLINE = [path for path in AGENTS if path.stem != "cql_offline"]
+ON_POLICY = ("pqn", "ppo")
+ONLINE = [path for path in AGENTS if path.stem not in ("cql_offline", *ON_POLICY)]  # with a replay of their games
 
 
 def load(path: Path):
@@ -63,11 +64,19 @@ drq_eps = agent_fixture("drq_eps")
 spr = agent_fixture("spr")
 sr_spr = agent_fixture("sr_spr")
 bbf = agent_fixture("bbf")
+pqn = agent_fixture("pqn")
+ppo = agent_fixture("ppo")
 
 
 @pytest.fixture(params=["der", "drq_eps", "spr", "sr_spr", "bbf"])
 def efficient(request):
     """The module of every agent of the Atari 100k benchmark in turn."""
+    return load(ROOT / "agents" / f"{request.param}.py")
+
+
+@pytest.fixture(params=ON_POLICY)
+def on_policy(request):
+    """The module of every agent without a replay in turn."""
     return load(ROOT / "agents" / f"{request.param}.py")
 
 
@@ -88,6 +97,8 @@ def make_network(module, obs_shape=(4, 84, 84), num_actions=6, **flags):
         "spr": "SPRNetwork",
         "sr_spr": "SRSPRNetwork",
         "bbf": "BBFNetwork",
+        "pqn": "PQNetwork",
+        "ppo": "ActorCritic",
     }
     args = make_args(module, **flags)
     torch.manual_seed(args.seed)
@@ -113,6 +124,10 @@ def weights(folder):
 
 def make_args(module, **changes):
     """The agent's flags at a size that a test can run: MinAtar, a small replay, no evaluation."""
+    if name_of(module) in ON_POLICY:
+        small = {"env_id": "MinAtar/Breakout-v1", "cuda": False, "total_timesteps": 96, "eval_episodes": 0}
+        small |= {"num_envs": 3, "num_steps": 8, "num_minibatches": 2, "update_epochs": 2, "diagnostics_frequency": 0}
+        return module.Args(**(small | changes))
     small = {
         "env_id": "MinAtar/Breakout-v1",
         "cuda": False,

@@ -1,0 +1,666 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "ale-py==0.12.1", "minatar==1.0.15", "stable-baselines3==2.9.2",
+#   "tyro==1.0.17", "numpy==2.4.6", "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2"]
+# ///
+"""PQN, parallelised Q-network (Gallici et al., 2024): Q-learning without a replay and without a target network.
+
+Read after dqn.py; differs in (1) data comes from many games at once, is used at once and thrown away, (2) Q(lambda)
+returns of a roll-out, (3) LayerNorm, which keeps such updates stable, (4) several epochs over a roll-out, in
+minibatches, (5) RAdam, an annealed step size and a clipped gradient. Departs from CleanRL's in that a game that is cut
+off is bootstrapped from its own last observation, and in that no step is lost between two games.
+
+400 million frames, as CleanRL and the study of parallel data (Mayor et al., 2025):
+    python agents/pqn.py --env-id ALE/Pong-v5
+
+A minute on a CPU:
+    python agents/pqn.py --env-id MinAtar/Breakout-v1 --total-timesteps 200000 --num-envs 32 --num-steps 32
+"""
+
+import copy
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # ---- run
+    exp_name: str = "pqn"  # part of the run folder's name
+    seed: int = 1  # seed of every random generator
+    cuda: bool = True  # use a GPU where there is one
+    track: bool = False  # mirror the log to Weights & Biases
+    eval_episodes: int = 10  # full games in each evaluation (0: none)
+    eval_frequency: int = 0  # agent steps between evaluations (0: only after training)
+    eval_epsilon: float = 0.001  # share of random actions in evaluation
+    save_model: bool = False  # write model.pt at each evaluation
+    checkpoint_frequency: int = 250_000  # agent steps between checkpoints (0: none)
+    resume: str | None = None  # run folder, or auto: the newest unfinished run of these flags
+    diagnostics_frequency: int = 50_000  # agent steps between diagnostics (0: none)
+    save_features: bool = False  # write 200 observations and their features with the diagnostics: features/<step>.npz
+    # ---- environment
+    env_id: str = "ALE/Pong-v5"  # any ALE/<Game>-v5 or MinAtar/<Game>-v1
+    num_envs: int = 8  # games played side by side
+    sticky_actions: float = 0.0  # chance that a frame repeats the last action (ALE; MinAtar has 0.1)
+    noop_max: int = 30  # emulator frames of no-op before a game, fewer than this (ALE)
+    frame_skip: int = 4  # emulator frames in an agent step (ALE)
+    max_episode_steps: int = 27_000  # agent steps before a game is truncated
+    lost_life_ends_return: bool = True  # as a game over does, but the game goes on (ALE)
+    # ---- training
+    total_timesteps: int = 100_000_000  # agent steps
+    learning_rate: float = 2.5e-4  # Adam's step size
+    anneal_lr: bool = True  # lower the step size linearly, to 0 after the run
+    adam_eps: float = 1e-8  # Adam's epsilon
+    max_grad_norm: float = 10.0  # norm that gradients are clipped to
+    num_steps: int = 128  # agent steps of each game in a roll-out
+    num_minibatches: int = 4  # parts of a roll-out, an update each
+    update_epochs: int = 4  # times that a roll-out is learned from
+    gamma: float = 0.99  # discount per agent step
+    start_e: float = 1.0  # share of random actions at first
+    end_e: float = 0.01  # share of random actions after the decay
+    exploration_fraction: float = 0.1  # share of the run that the decay takes
+    # ---- algorithm
+    q_lambda: float = 0.65  # weight of the longer returns
+
+    def __post_init__(self):
+        check_flags(self, max_grad_norm=(0, 1e6))
+        batch_steps = self.num_envs * self.num_steps
+        if batch_steps % self.num_minibatches:
+            fail(f"--num-minibatches is {self.num_minibatches}: it must divide --num-envs times --num-steps.")
+        if batch_steps > self.total_timesteps:
+            fail(f"--total-timesteps is {self.total_timesteps}: one roll-out has {batch_steps}.")
+
+
+# ======================================= the algorithm =======================================
+class PQNetwork(nn.Module):
+    """From observations to Q-values, (batch, actions), with a LayerNorm before every ReLU."""
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args):
+        super().__init__()
+        self.convolutions, self.dense, width = make_torso(obs_shape, layer_norm=True)
+        self.head = nn.Linear(width, num_actions)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.orthogonal_(layer.weight, math.sqrt(2))
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.head(self.dense(self.convolutions(obs)))
+
+    def q_values(self, obs: Tensor) -> Tensor:
+        return self(obs)
+
+
+@torch.inference_mode()
+def act(q_network: nn.Module, obs: np.ndarray, epsilon: float, num_actions: int, rng, device) -> np.ndarray:
+    """Choose an action epsilon-greedily, of shape (1,)."""
+    if rng.random() < epsilon:
+        return rng.integers(num_actions, size=1)
+    q_values = q_network.q_values(torch.from_numpy(obs).to(device))
+    return q_values.argmax(dim=1).cpu().numpy()
+
+
+@torch.no_grad()
+def look(network: nn.Module, obs: Tensor):
+    """What the network makes of an observation of every game."""
+    return network(obs)
+
+
+def epsilon_greedy(q_values: Tensor, epsilon: float, rng) -> np.ndarray:
+    """Choose an action in every game, (games,)."""
+    games, num_actions = q_values.shape
+    greedy = q_values.argmax(dim=1).cpu().numpy()
+    explores = rng.random(games) < epsilon
+    return np.where(explores, rng.integers(num_actions, size=games), greedy)
+
+
+def q_lambda_target(rewards, values, terminations, gamma: float, q_lambda: float) -> Tensor:
+    """G_t = r_t + gamma (lambda G_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a)), (steps, games): Gallici et al., 2024.
+
+    values are max_a Q(s_t, a), (steps + 1, games); after the last step they stand for all that follows.
+    """
+    targets = torch.zeros_like(rewards)
+    following = values[-1]
+    for step in reversed(range(len(rewards))):
+        mixed = q_lambda * following + (1 - q_lambda) * values[step + 1]
+        following = rewards[step] + gamma * mixed * ~terminations[step]
+        targets[step] = following
+    return targets
+
+
+def q_loss(q_network: PQNetwork, obs: Tensor, actions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(G - Q(s, a))^2, and Q(s, a), both (batch,)."""
+    q_values = q_network(obs).gather(1, actions[:, None])[:, 0]
+    return (targets - q_values) ** 2, q_values
+
+
+def train(args: Args) -> Path:
+    """Train, evaluate, and return the run's folder."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    games = Games(args)
+    obs_space = games.envs.single_observation_space
+    num_actions = int(games.envs.single_action_space.n)
+
+    q_network = PQNetwork(obs_space.shape, num_actions, args)
+    q_network.to(device, memory_format=torch.channels_last)  # faster convolutions
+    optimizer = torch.optim.RAdam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps)
+
+    # a roll-out: (steps, games, ...)
+    shape = (args.num_steps, args.num_envs)
+    pixel = torch.from_numpy(games.obs).dtype
+    observations = torch.zeros(*shape, *obs_space.shape, dtype=pixel, device=device)
+    actions = torch.zeros(shape, dtype=torch.int64, device=device)
+    rewards = torch.zeros(shape, device=device)
+    values = torch.zeros(args.num_steps + 1, args.num_envs, device=device)  # max_a Q(s_t, a)
+    terminations = torch.zeros(shape, dtype=torch.bool, device=device)
+
+    batch_steps = args.num_envs * args.num_steps
+    last_step = args.total_timesteps // batch_steps * batch_steps
+    global_step = 0  # agent steps so far, of all games together
+    finished = False
+    stopping = False  # at once, by a signal
+    last_return = math.nan  # of the game that ended last
+
+    folder = make_run_folder(args, device)
+    checkpoint = folder / "checkpoint.pt"
+    parts = {"q_network": q_network, "optimizer": optimizer, "games": games}
+    if checkpoint.exists():
+        state = load_checkpoint(checkpoint, args, parts, rng)
+        global_step = state["global_step"]
+        finished = global_step == last_step
+    writer = make_writer(folder, args, global_step)
+
+    print(f"run folder: {folder} ({device})", flush=True)
+    bar = make_bar(args, global_step)
+
+    while True:
+        # ---- evaluate
+        if finished or is_due(args.eval_frequency, global_step, batch_steps):  # an interrupted one is made again
+            evaluate(args, make_env(args), q_network, global_step, device, folder, writer)
+        if finished or stopping:
+            break
+        began = time.monotonic()
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / last_step)
+
+        # ---- play a roll-out
+        for step in range(args.num_steps):
+            global_step += args.num_envs
+            share = global_step / (args.exploration_fraction * args.total_timesteps + 1e-9)
+            epsilon = args.start_e + (args.end_e - args.start_e) * min(share, 1)
+            observations[step] = torch.from_numpy(games.obs)
+            q_values = look(q_network, observations[step])
+            values[step] = q_values.max(dim=1).values
+            chosen = epsilon_greedy(q_values, epsilon, rng)
+            actions[step] = torch.from_numpy(chosen)
+
+            next_obs, raw_rewards, terminated, truncated, scores = games.step(chosen)
+            rewards[step] = torch.from_numpy(np.clip(raw_rewards, -1, 1))
+            terminations[step] = torch.from_numpy(terminated | truncated)
+            if truncated.any():  # what would have followed counts as reward
+                last_values = look(q_network, torch.from_numpy(next_obs).to(device)).max(dim=1).values
+                rewards[step] += args.gamma * last_values * torch.from_numpy(truncated & ~terminated).to(device)
+            for last_return, length in scores:
+                writer.add_scalar("charts/episodic_return", last_return, global_step)
+                writer.add_scalar("charts/episodic_length", length, global_step)
+            bar.update(args.num_envs)
+        values[-1] = look(q_network, torch.from_numpy(games.obs).to(device)).max(dim=1).values
+
+        # ---- learn
+        targets = q_lambda_target(rewards, values, terminations, args.gamma, args.q_lambda)
+        batch = [observations.flatten(0, 1), actions.flatten(), targets.flatten()]
+        diagnoses = is_due(args.diagnostics_frequency, global_step, batch_steps)
+        if diagnoses:
+            rows = np.random.default_rng(global_step).permutation(batch_steps)[:1_024]
+            probe = [field[rows] for field in batch]
+            old_policy = look(q_network, probe[0]).softmax(dim=1)
+        for _ in range(args.update_epochs):
+            order = torch.randperm(batch_steps, device=device)
+            for rows in order.chunk(args.num_minibatches):
+                td_losses, q_values = q_loss(q_network, *[field[rows] for field in batch])
+                loss = td_losses.mean()
+                optimizer.zero_grad()
+                loss.backward()
+                gradient_norm = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
+                check_finite(loss + gradient_norm, global_step, checkpoint)
+                optimizer.step()
+
+        # ---- log
+        bar.set_postfix_str(f"return {last_return:.1f}, epsilon {epsilon:.3f}", refresh=False)
+        writer.add_scalar("losses/td_loss", loss, global_step)
+        writer.add_scalar("losses/q_values", q_values.mean(), global_step)
+        writer.add_scalar("charts/epsilon", epsilon, global_step)
+        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        writer.add_scalar("charts/SPS", batch_steps / (time.monotonic() - began), global_step)
+        if diagnoses:
+            policy = look(q_network, probe[0]).softmax(dim=1)
+            loss = q_loss(q_network, *probe)[0].mean()
+            for tag, value in diagnose_rollout(q_network, probe[0], old_policy, policy, loss).items():
+                writer.add_scalar(tag, value, global_step)
+            if args.save_features:
+                save_features(folder, q_network, probe[0][:200], global_step)
+
+        # ---- checkpoint
+        finished = global_step == last_step
+        stopping = bool(STOPPED_BY)
+        due = is_due(args.checkpoint_frequency, global_step, batch_steps)
+        if args.checkpoint_frequency and (finished or stopping or due):
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state["random"] = random_states(rng)
+            state["args"] = asdict(args)
+            state["global_step"] = global_step
+            writer.flush()
+            save(checkpoint, state)
+
+    bar.close()
+    writer.close()
+    finish(folder, global_step)
+    return folder
+
+
+# ========================= from here on the same text in every agent =========================
+# ---- flags
+def fail(message: str):
+    """Answer wrong input: a sentence on stderr, status 2."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_flags(args: Args, **ranges: tuple[float, float]):
+    """Refuse numbers out of range: counts from 1 (0 where that means none), shares from 0 to 1."""
+    ranges.setdefault("noop_max", (0, 1_000))
+    may_be_zero = {"seed", "exploration_steps", "eval_episodes", "eval_frequency", "eval_steps"}
+    may_be_zero |= {"checkpoint_frequency", "diagnostics_frequency"}
+    for name, value in vars(args).items():
+        least = 0 if name in may_be_zero else 1
+        usual = {int: (least, 2**31 - 1), float: (0, 1)}
+        if type(value) in usual:
+            low, high = ranges.get(name, usual[type(value)])
+            if not low <= value <= high:  # NaN is in no range
+                fail(f"--{name.replace('_', '-')} is {value}: it must be from {low} to {high}.")
+    if args.track and not importlib.util.find_spec("wandb"):
+        fail("--track needs wandb: pip install wandb")
+
+
+# ---- environment
+def make_env(args: Args, games: int = 1, **overrides) -> gym.vector.VectorEnv:
+    """A vector of games: raw rewards, obs (n, 4, 84, 84) uint8 or MinAtar's (n, 10, 10, channels)."""
+    if not re.fullmatch(r"ALE/\w+-v5|MinAtar/\w+-v1", args.env_id):
+        fail(f"--env-id is {args.env_id}: it must be ALE/<Game>-v5 or MinAtar/<Game>-v1.")
+    try:
+        if args.env_id.startswith("MinAtar/"):
+            import minatar.gym  # takes a second
+
+            if args.env_id not in gym.registry:
+                minatar.gym.register_envs()
+            return gym.make_vec(args.env_id, games, "sync", max_episode_steps=args.max_episode_steps)
+
+        # ale-py's own vector: gray, 84 x 84, the brighter of a skip's last two frames
+        gym.register_envs(ale_py)
+        settings = {
+            "frameskip": args.frame_skip,
+            "stack_num": 4,
+            "noop_max": args.noop_max,
+            "repeat_action_probability": args.sticky_actions,
+            "max_num_frames_per_episode": min(args.frame_skip * args.max_episode_steps, 2**31 - 1),
+            "use_fire_reset": False,
+            "reward_clipping": False,
+        }
+        return gym.make_vec(args.env_id, games, "vector_entry_point", **(settings | overrides))
+    except (gym.error.Error, OSError, AssertionError, RuntimeError) as error:
+        fail(f"--env-id is {args.env_id}: {error}")
+
+
+def reset(envs, seed: int, stream: int, episode: int) -> np.ndarray:
+    """Start the game that the numbers determine."""
+    sequence = np.random.SeedSequence([seed, stream, episode])
+    emulator_seed = int(sequence.generate_state(1)[0] >> 1)  # an int32
+    if isinstance(envs, gym.vector.SyncVectorEnv):
+        envs.envs[0].unwrapped.game.last_action = 0  # or its sticky action outlives a game
+    obs, _ = envs.reset(seed=emulator_seed)
+    return obs
+
+
+class Games:
+    """Games side by side, each of its own seed and length. One that ended is reset alone: no step is an autoreset."""
+
+    def __init__(self, args: Args):
+        self.envs = make_env(args, args.num_envs)
+        self.args = args
+        self.numbers = np.arange(args.num_envs)  # of the games that are being played
+        self.actions = [[] for _ in self.numbers]  # theirs
+        self.returns = np.zeros(args.num_envs)  # raw rewards
+        self.lives = np.zeros(args.num_envs)
+        self.reset(np.ones(args.num_envs, bool))
+
+    def reset(self, which: np.ndarray):
+        """Show the first observations of the games in these places, (games,) of bool."""
+        seeds = (1_000_003 * self.args.seed + self.numbers) % 2**31  # int32, and no two games' the same for long
+        if isinstance(self.envs, gym.vector.SyncVectorEnv):
+            seeds = seeds.tolist()
+            for place in np.flatnonzero(which):
+                self.envs.envs[place].unwrapped.game.last_action = 0  # or its sticky action outlives a game
+        else:
+            seeds = seeds[which]
+        self.obs, infos = self.envs.reset(seed=seeds, options={"reset_mask": which})
+        self.returns[which] = 0
+        self.lives = infos.get("lives", self.lives)
+
+    def step(self, actions: np.ndarray) -> tuple:
+        """Return next observations, raw rewards, terminations, truncations, (games, ...) each, and games that ended."""
+        next_obs, rewards, terminations, truncations, infos = self.envs.step(actions)
+        for played, action in zip(self.actions, actions.tolist(), strict=True):
+            played.append(action)
+        self.obs = next_obs
+        self.returns += rewards
+        lives = infos.get("lives", self.lives)
+        lost = lives < self.lives
+        self.lives = lives
+
+        over = terminations | truncations
+        scores = []  # return and length
+        for place in np.flatnonzero(over):
+            scores.append((self.returns[place], len(self.actions[place])))
+            self.numbers[place] += len(over)
+            self.actions[place] = []
+        if over.any():
+            self.reset(over)
+        if self.args.lost_life_ends_return:
+            terminations = terminations | lost
+        return next_obs, rewards, terminations, truncations, scores
+
+    def state_dict(self) -> dict:
+        return {"numbers": self.numbers.tolist(), "actions": self.actions}
+
+    def load_state_dict(self, state: dict):
+        """Play the games to where they stood: emulators are deterministic."""
+        self.numbers = np.array(state["numbers"])
+        self.actions = state["actions"]
+        lengths = np.array([len(played) for played in self.actions])
+        for left in range(lengths.max(), -1, -1):  # steps to where they stood, which all reach together
+            if (lengths == left).any():
+                self.reset(lengths == left)
+            if left > 0:
+                actions = [played[-left] if len(played) >= left else 0 for played in self.actions]
+                self.obs, rewards, _, _, infos = self.envs.step(np.array(actions))
+                self.returns += rewards
+                self.lives = infos.get("lives", self.lives)
+
+
+# ---- network
+class Pixels(nn.Module):
+    """Bytes to 0..1, MinAtar's channels to the front; augmented images are so already."""
+
+    def forward(self, obs: Tensor) -> Tensor:
+        if obs.dtype == torch.bool:
+            return obs.movedim(3, 1).float()
+        return obs / 255 if obs.dtype == torch.uint8 else obs
+
+
+def make_torso(obs_shape: tuple[int, ...], layer_norm: bool) -> tuple[nn.Sequential, nn.Sequential, int]:
+    """Return convolutions, a dense layer, and its width; `layer_norm` puts one before each ReLU."""
+    if obs_shape[:2] == (10, 10):  # MinAtar: Young and Tian, 2019
+        side, _, channels = obs_shape
+        convolutions = [(16, 3, 1)]  # channels, kernel, stride
+        width = 128
+    else:  # Mnih et al., 2015
+        channels, side, _ = obs_shape
+        convolutions = [(32, 8, 4), (64, 4, 2), (64, 3, 1)]
+        width = 512
+
+    layers = [Pixels()]
+    for outputs, kernel, stride in convolutions:
+        side = (side - kernel) // stride + 1
+        layers.append(nn.Conv2d(channels, outputs, kernel, stride))
+        if layer_norm:
+            layers.append(nn.LayerNorm([outputs, side, side]))  # over channels and places together
+        layers.append(nn.ReLU())
+        channels = outputs
+    norms = [nn.LayerNorm(width)] if layer_norm else []
+    dense = nn.Sequential(nn.Linear(channels * side**2, width), *norms, nn.ReLU())
+    return nn.Sequential(*layers, nn.Flatten()), dense, width
+
+
+# ---- diagnostics and evaluation
+def diagnose_rollout(network, obs: Tensor, old_policy: Tensor, policy: Tensor, loss: Tensor) -> dict[str, float]:
+    """Measure the network by some observations of a roll-out, its policy there before and after, and their loss."""
+    dormant = []
+    with torch.no_grad():
+        for layer in [*network.convolutions, *network.dense]:
+            obs = layer(obs)
+            if isinstance(layer, nn.ReLU):
+                activity = obs.movedim(1, 0).flatten(1).abs().mean(dim=1)  # of every unit or channel
+                dormant.append(activity <= 0.025 * activity.mean())
+        singular_values = torch.linalg.svdvals(obs)  # of the last hidden layer
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    gradient = torch.cat([gradient.flatten() for gradient in gradients])
+    kernels = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    return {
+        "diagnostics/feature_rank": rank(singular_values**2),  # Yang et al., 2019
+        "diagnostics/srank": rank(singular_values),  # Kumar et al., 2021
+        "diagnostics/dormant_neurons": torch.cat(dormant).float().mean(),  # Sokar et al., 2023
+        "diagnostics/weight_norm": nn.utils.get_total_norm(kernels),
+        "diagnostics/gradient_kurtosis": kurtosis(gradient),
+        "diagnostics/zero_gradients": (gradient == 0).float().mean(),
+        "diagnostics/policy_variance": policy.var(dim=0, correction=0).mean(),  # Moalla et al., 2024
+        "diagnostics/churn": (policy.argmax(1) != old_policy.argmax(1)).float().mean(),  # Schaul et al., 2022
+    }
+
+
+def rank(shares: Tensor) -> Tensor:
+    """How many of these, from the largest on, make more than 99% of their sum."""
+    short = shares.cumsum(0) <= 0.99 * shares.sum()
+    return 1 + (short & (shares > 0)).sum()
+
+
+def kurtosis(gradient: Tensor) -> Tensor:
+    """Of log |g| over the entries that are not zero (Garg et al., 2021); 3 where it is normal."""
+    logarithms = gradient[gradient != 0].abs().double().log()
+    distances = logarithms - logarithms.mean()
+    return (distances**4).mean() / (distances**2).mean() ** 2
+
+
+@torch.no_grad()
+def save_features(folder: Path, network: nn.Module, obs: Tensor, global_step: int):
+    """Write observations, and what the last hidden layer makes of them."""
+    features = network.dense(network.convolutions(obs))
+    (folder / "features").mkdir(exist_ok=True)
+    np.savez_compressed(folder / f"features/{global_step}.npz", obs=obs.cpu(), features=features.cpu())
+
+
+def evaluate(args: Args, envs, q_network: nn.Module, global_step: int, device, folder: Path, writer):
+    """Play full games, by random numbers of their own, and log the mean return."""
+    if args.save_model:
+        save(folder / "model.pt", {"args": asdict(args), "weights": q_network.state_dict()})
+    if args.eval_episodes == 0:
+        return
+    player = copy.deepcopy(q_network).eval()  # without noise
+    rng = np.random.default_rng([args.seed, global_step])
+    returns = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for episode in range(args.eval_episodes):
+            returns.append(0.0)
+            obs = reset(envs, args.seed, global_step, episode)
+            done = False
+            while not done:
+                if STOPPED_BY:
+                    return
+                actions = act(player, obs, args.eval_epsilon, envs.single_action_space.n, rng, device)
+                obs, rewards, terminations, truncations, _ = envs.step(actions)
+                returns[-1] += float(rewards[0])
+                done = terminations[0] or truncations[0]
+    writer.add_scalar("eval/episodic_return", np.mean(returns), global_step)
+    tqdm.write(f"step {global_step:,}: mean return {np.mean(returns):.2f} of {returns}")
+
+
+# ---- run folder, log and checkpoints
+def make_run_folder(args: Args, device) -> Path:
+    """Return the folder of the run to go on with, or a new one."""
+    name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__"
+    if args.resume == "auto":
+        for path in sorted(Path("runs").glob(f"{name}*/args.json"), reverse=True):
+            same = not differences(json.loads(path.read_text())["args"], args)
+            if same and not (path.parent / "finished").exists():
+                return path.parent
+    elif args.resume:
+        folder = Path(args.resume)
+        if not (folder / "checkpoint.pt").exists():
+            fail(f"--resume {folder}: it has no checkpoint.pt.")
+        return folder
+
+    git = f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD"
+    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
+    packages = ["torch", "gymnasium", "ale-py", "minatar", "stable-baselines3", "numpy"]
+    record = {
+        "agent": Path(__file__).stem,
+        "args": asdict(args),
+        "packages": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "git_commit": commit or None,
+        "frames_per_step": args.frame_skip if args.env_id.startswith("ALE/") else 1,
+    }
+    folder = Path("runs") / f"{name}{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder.mkdir(parents=True)
+    aside = folder / "args.tmp"
+    aside.write_text(json.dumps(record, indent=2))
+    aside.rename(folder / "args.json")
+    return folder
+
+
+def differences(recorded: dict, args: Args) -> list[str]:
+    """The flags that a recorded run had otherwise."""
+    found = []
+    for name, value in asdict(args).items():
+        if name not in ("resume", "cuda") and recorded.get(name) != value:
+            found.append(f"--{name.replace('_', '-')} {recorded.get(name)}")
+    return found
+
+
+def make_writer(folder: Path, args: Args, global_step: int) -> SummaryWriter:
+    """Open the log; what was logged after `global_step` is superseded."""
+    if args.track:
+        import wandb
+
+        wandb.init(name=folder.name, id=folder.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(str(folder), purge_step=global_step + 1)
+    rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
+    return writer
+
+
+def make_bar(args: Args, global_step: int) -> tqdm:
+    """A progress bar; a plain line a minute where the output is no terminal."""
+    looks = {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        looks = {"file": PlainLines(), "ncols": 0, "mininterval": 60, "maxinterval": 60}
+    return tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", **looks)
+
+
+class PlainLines(io.StringIO):
+    """A file of which every write is a line."""
+
+    def write(self, text: str):
+        if text.strip():
+            print(text.strip(), flush=True)
+
+
+def check_finite(loss: Tensor, global_step: int, checkpoint: Path):
+    if not loss.isfinite():
+        fail(f"the loss is not finite at step {global_step:,}; {checkpoint}, if it is there, is from before.")
+
+
+def random_states(rng: np.random.Generator) -> dict:
+    return {"numpy": rng.bit_generator.state, "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_random_states(rng: np.random.Generator, states: dict):
+    rng.bit_generator.state = states["numpy"]
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def save(path: Path, state: dict):
+    """Write aside, sync, rename: a file of this name is whole. A full disk does not end the run."""
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        tqdm.write(f"warning: {path} is not written, and the one before stands: {error.__context__ or error}")
+
+
+def load_checkpoint(path: Path, args: Args, parts: dict, rng) -> dict:
+    """Load parts and random states; return what else the checkpoint holds."""
+    try:
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        others = differences(state["args"], args)
+        if others:
+            fail(f"{path.parent} was run with {' '.join(others)}: give the same flags.")
+        state["optimizer"] = copy.deepcopy(state["optimizer"])  # else it keeps the file
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+        set_random_states(rng, state.pop("random"))
+        return state
+    except Exception as error:  # a dozen ways to be damaged or foreign
+        fail(f"{path} cannot be read as a checkpoint: {error}")
+
+
+def is_due(frequency: int, global_step: int, batch_steps: int) -> bool:
+    """Whether the last roll-out reached or passed a multiple of `frequency`, which is 0 for never."""
+    return frequency > 0 and global_step > 0 and global_step % frequency < batch_steps
+
+
+STOPPED_BY: list[int] = []  # signals
+
+
+def stop(number: int, _frame):
+    """Let the run end at its next step; a second Ctrl-C ends it at once."""
+    STOPPED_BY.append(number)
+    if number == signal.SIGINT:  # SIGTERM may come twice
+        signal.signal(number, signal.SIG_DFL)
+
+
+def finish(folder: Path, global_step: int):
+    """Mark a run as finished, or say how to go on with it."""
+    if STOPPED_BY:
+        there = (folder / "checkpoint.pt").exists()
+        how = f"go on with --resume {folder} and the same flags" if there else "there is no checkpoint"
+        print(f"stopped at step {global_step:,}: {how}")
+        sys.exit(128 + STOPPED_BY[0])
+    (folder / "finished").touch()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    train(tyro.cli(Args, description=__doc__))
