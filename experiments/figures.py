@@ -32,9 +32,10 @@ class Figure:
     minatar_steps: int = 500_000
     minatar_games: tuple[str, ...] = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
     minatar_varied: dict[str, tuple] = field(default_factory=dict)  # values that differ there
-    minatar_seeds: int = 5  # at least: what an interval takes
+    minatar_seeds: int = 0  # 0: as many as on Atari, and five at least
     atari_only: bool = False  # asks for what MinAtar does not have
     marks: tuple[int, ...] = ()  # agent steps to draw a line at
+    smoke_steps: int = 0  # at --scale smoke, where the usual ones are too few
 
 
 SMALL_AND_USUAL = {"batch_size": (8, 32)}  # in the long runs: ours
@@ -85,6 +86,14 @@ HEIRS = {
     "bbf without resets": {"reset_interval": 0},
     "bbf without schedules": {"initial_n_step": 3, "initial_gamma": 0.997},
     "bbf without self-prediction": {"spr_weight": 0.0},
+}
+
+# games side by side and steps of each in a roll-out: as much data, and sixteen times as much
+ROLLOUTS = {
+    "8 x 128": {"num_envs": 8, "num_steps": 128},
+    "32 x 32": {"num_envs": 32, "num_steps": 32},
+    "128 x 8": {"num_envs": 128, "num_steps": 8},
+    "128 x 128": {"num_envs": 128, "num_steps": 128},
 }
 
 FIGURES = {
@@ -234,6 +243,20 @@ FIGURES = {
         minatar_seeds=3,
         marks=(20_002, 40_003, 60_004),  # resets
     ),
+    "parallel": Figure(  # "The impact of on-policy parallelized data collection on deep RL networks", 2025: ours of 1a
+        "What do more games side by side do to a network, in place of longer roll-outs, and beside them?",
+        "measures",
+        ("ppo", "pqn"),
+        {},
+        games="atari10",
+        seeds=5,
+        steps=100_000_000,
+        line="variant",
+        variants=ROLLOUTS,
+        minatar_steps=1_000_000,
+        minatar_seeds=3,
+        smoke_steps=32_768,
+    ),
 }
 
 # ---- flags of the scales that are not the study's own: --scale minatar and smoke
@@ -259,6 +282,8 @@ MINATAR = {
     "sr_spr": RATE | SUPPORT | {"image_pad": 1},
     "bbf": RATE | SUPPORT | {"image_pad": 1, "width_scale": 1},
     "cql_offline": RATE | SUPPORT | OFFLINE,
+    "ppo": {"diagnostics_frequency": 25_000},
+    "pqn": {"diagnostics_frequency": 25_000},
 }
 
 # minutes for all figures together: two seeds of one game, a hundred updates

@@ -42,7 +42,8 @@ class Run:
     def kind(self) -> tuple:
         """Runs of one kind are about as fast."""
         flags = dict(self.flags)
-        return self.agent, flags.get("batch_size", 32), flags.get("network", "dopamine"), self.env_id
+        batch_size = flags.get("num_envs", 0) or flags.get("batch_size", 32)
+        return self.agent, batch_size, flags.get("network", "dopamine"), self.env_id
 
     def command(self, folder: Path) -> list[str]:
         words = [sys.executable, str(ROOT / "agents" / f"{self.agent}.py")]
@@ -134,7 +135,8 @@ def games_of(figure: Figure, scale: str) -> list[str]:
 
 
 def seeds_of(figure: Figure, scale: str) -> range:
-    count = {"paper": figure.seeds, "minatar": max(figure.seeds, figure.minatar_seeds), "smoke": 2}[scale]
+    enough = figure.minatar_seeds or max(figure.seeds, 5)  # five: what an interval takes
+    count = {"paper": figure.seeds, "minatar": enough, "smoke": 2}[scale]
     return range(1, count + 1)
 
 
@@ -155,6 +157,7 @@ def base_flags(figure: Figure, agent: str, scale: str) -> dict:
         return MINATAR[agent] | {"total_timesteps": figure.minatar_steps}
     longer = figure.minatar_steps // 100_000  # so that fig2.9 is no fig2.8
     steps = SMOKE_STEPS_ON_ATARI if figure.atari_only else SMOKE_STEPS + 20 * longer
+    steps = figure.smoke_steps or steps
     return MINATAR[agent] | SMOKE | {"total_timesteps": steps, "iteration_steps": SMOKE_STEPS // 2}
 
 
@@ -168,7 +171,7 @@ def make_run(figure: Figure, setting: dict, env_id: str, seed: int, scale: str, 
     flags = known | usual | figure.flags | variant | chosen | overrides
 
     told = {name for name in flags if flags[name] != (known | usual)[name]}
-    told |= {"batch_size", "total_timesteps"}
+    told |= {"batch_size", "total_timesteps"} & flags.keys()
     exp_name = ",".join([agent, *(f"{name}={flags[name]}" for name in sorted(told - {"dataset_dir"}))])
     given = {name: value for name, value in flags.items() if value != known[name] or name in told}
 

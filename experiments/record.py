@@ -1,13 +1,17 @@
-"""A record: a line for each run that is finished, kept when the run folders are not."""
+"""A record: a line for each run that is finished, kept when the run folders are not.
+
+Beside <name>.csv, <name>_diagnostics.csv has a line for each of a run's diagnostics.
+"""
 
 import csv
 import json
 import shlex
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from analysis.runs import BadInput, read_folder
+from analysis.runs import BadInput, Series, read_folder
 from analysis.scores import Run as Curve
 from analysis.scores import run_of, short_name
 from experiments.plan import Export, Run
@@ -15,6 +19,8 @@ from experiments.plan import Export, Run
 POINTS = 20  # scores of a run: mean returns of the training games that ended in each twentieth
 SCORES = [f"score_{number}" for number in range(1, POINTS + 1)]
 COLUMNS = ["agent", "game", "seed", "setting", "steps", *SCORES, "commit", "command"]
+VALUES = [f"value_{number}" for number in range(1, POINTS + 1)]  # of a diagnostic: means in each twentieth
+MEASURED = ["command", "diagnostic", *VALUES]
 
 
 class Record:
@@ -23,12 +29,13 @@ class Record:
     def __init__(self, path: Path | None):
         self.path = path
         self.rows: dict[str, dict] = {}  # by the run's command
-        if path and path.exists():
-            with open(path, newline="") as file:
-                rows = csv.DictReader(file)
-                if rows.fieldnames != COLUMNS:
-                    raise BadInput(f"{path} is no record of runs: its columns are not those of one.")
-                self.rows = {row["command"]: row for row in rows}
+        self.measured: dict[str, list[dict]] = defaultdict(list)  # by the same
+        if path is None:
+            return
+        self.beside = path.with_name(f"{path.stem}_diagnostics.csv")
+        self.rows = {row["command"]: row for row in read_rows(path, COLUMNS)}
+        for row in read_rows(self.beside, MEASURED):
+            self.measured[row["command"]].append(row)
 
     def __contains__(self, item: Run | Export) -> bool:
         return isinstance(item, Run) and shown_command(item) in self.rows
@@ -43,15 +50,17 @@ class Record:
         scores = dict(zip((curve.frames // curve.frames_per_step).tolist(), curve.scores.tolist(), strict=True))
         points = [round(scores[number * each], 4) if number * each in scores else "" for number in range(1, POINTS + 1)]
         commit = json.loads((result / "args.json").read_text())["git_commit"] or ""
-        values = [run.agent, run.env_id, run.seed, run.exp_name, run.steps, *points, commit, shown_command(run)]
-        new = not self.path.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(COLUMNS)
-            writer.writerow(values)
-        self.rows[shown_command(run)] = dict(zip(COLUMNS, map(str, values), strict=True))
+        command = shown_command(run)
+        measured = []
+        for tag, series in curve.series.items():
+            values = [f"{value:.6g}" if np.isfinite(value) else "" for value in means(series, each)]
+            measured.append([command, tag.removeprefix("diagnostics/"), *values])
+        add_rows(self.beside, MEASURED, measured)
+        self.measured[command] = [dict(zip(MEASURED, row, strict=True)) for row in measured]
+
+        values = [run.agent, run.env_id, run.seed, run.exp_name, run.steps, *points, commit, command]
+        add_rows(self.path, COLUMNS, [values])
+        self.rows[command] = dict(zip(COLUMNS, map(str, values), strict=True))
 
     def curve(self, run: Run) -> Curve:
         """A line as analysis has runs."""
@@ -60,7 +69,53 @@ class Record:
         frames_per_step = 4 if run.env_id.startswith("ALE/") else 1
         frames = np.array(numbers) * (run.steps // POINTS) * frames_per_step
         scores = np.array([float(row[f"score_{number}"]) for number in numbers])
-        return Curve(run.agent, short_name(run.env_id), run.seed, frames, scores, run.name)
+        series = {}
+        for row in self.measured[shown_command(run)]:
+            known = [number for number in range(1, POINTS + 1) if row[f"value_{number}"]]
+            steps = np.array(known) * (run.steps // POINTS)
+            values = np.array([float(row[f"value_{number}"]) for number in known])
+            series[f"diagnostics/{row['diagnostic']}"] = Series(steps, values, np.zeros(len(known)))
+        return Curve(
+            run.agent,
+            short_name(run.env_id),
+            run.seed,
+            frames,
+            scores,
+            run.name,
+            series=series,
+            frames_per_step=frames_per_step,
+        )
+
+
+def read_rows(path: Path, columns: list[str]) -> list[dict]:
+    """The rows of a table, or none if there is none. Raises BadInput for other columns."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = csv.DictReader(file)
+        if rows.fieldnames != columns:
+            raise BadInput(f"{path} is no record of runs: its columns are not those of one.")
+        return list(rows)
+
+
+def add_rows(path: Path, columns: list[str], rows: list[list]):
+    """Append to a table, with its header if it is new."""
+    if not rows:
+        return
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([columns, *rows] if new else rows)
+
+
+def means(series: Series, each: int) -> np.ndarray:
+    """Means of the values in every `each` steps, (POINTS,); NaN where there is none."""
+    places = np.minimum((series.steps - 1) // each, POINTS - 1)
+    counts = np.bincount(places, minlength=POINTS)
+    totals = np.bincount(places, series.values, minlength=POINTS)
+    with np.errstate(invalid="ignore"):
+        return totals / counts
 
 
 def curve_of(run: Run, result: Path, steps: int, cache: Path | None = None) -> Curve:
