@@ -332,8 +332,8 @@ def check_flags(args: Args, **ranges: tuple[float, float]):
 TRAINING = 0  # the stream of games to learn from; an evaluation's is its step
 
 
-def make_env(args: Args, games: int = 1, **overrides) -> gym.vector.VectorEnv:
-    """A vector of games: raw rewards, obs (n, 4, 84, 84) uint8 or MinAtar's (n, 10, 10, channels)."""
+def make_env(args: Args, n: int = 1, **overrides) -> gym.vector.VectorEnv:
+    """A vector of n games: raw rewards, obs (n, 4, 84, 84) uint8 or MinAtar's (n, 10, 10, channels)."""
     if not re.fullmatch(r"ALE/\w+-v5|MinAtar/\w+-v1", args.env_id):
         fail(f"--env-id is {args.env_id}: it must be ALE/<Game>-v5 or MinAtar/<Game>-v1.")
     try:
@@ -342,7 +342,7 @@ def make_env(args: Args, games: int = 1, **overrides) -> gym.vector.VectorEnv:
 
             if args.env_id not in gym.registry:
                 minatar.gym.register_envs()
-            return gym.make_vec(args.env_id, games, "sync", max_episode_steps=args.max_episode_steps)
+            return gym.make_vec(args.env_id, n, "sync", max_episode_steps=args.max_episode_steps)
 
         # ale-py's own vector: gray, 84 x 84, the brighter of a skip's last two frames
         gym.register_envs(ale_py)
@@ -355,7 +355,7 @@ def make_env(args: Args, games: int = 1, **overrides) -> gym.vector.VectorEnv:
             "use_fire_reset": False,
             "reward_clipping": False,
         }
-        return gym.make_vec(args.env_id, games, "vector_entry_point", **(settings | overrides))
+        return gym.make_vec(args.env_id, n, "vector_entry_point", **(settings | overrides))
     except (gym.error.Error, OSError, AssertionError, RuntimeError) as error:
         fail(f"--env-id is {args.env_id}: {error}")
 

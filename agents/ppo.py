@@ -199,7 +199,6 @@ def ppo_loss(network: ActorCritic, batch: Experience, args: Args) -> tuple[Tenso
         "entropy": entropy,
         "approx_kl": (ratios - 1 - log_ratios).mean(),
         "clipfrac": ((ratios - 1).abs() > args.clip_coef).float().mean(),
-        "effective_sample_size": effective_sample_size(log_ratios),
     }
 
 
@@ -306,10 +305,11 @@ def train(args: Args) -> Path:
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("charts/SPS", batch_steps / (time.monotonic() - began), global_step)
         if diagnoses:
-            loss, terms = ppo_loss(network, probe, args)
-            policy = look(network, probe.obs)[0].softmax(dim=1)
-            report = diagnose_rollout(network, probe.obs, old_policy, policy, loss)
-            report["diagnostics/effective_sample_size"] = terms["effective_sample_size"]
+            loss, _ = ppo_loss(network, probe, args)
+            policy = Categorical(logits=look(network, probe.obs)[0])
+            report = diagnose_rollout(network, probe.obs, old_policy, policy.probs, loss)
+            log_ratios = policy.log_prob(probe.actions) - probe.log_probs
+            report["diagnostics/effective_sample_size"] = effective_sample_size(log_ratios)
             for tag, value in report.items():
                 writer.add_scalar(tag, value, global_step)
             if args.save_features:
@@ -358,8 +358,8 @@ def check_flags(args: Args, **ranges: tuple[float, float]):
 
 
 # ---- environment
-def make_env(args: Args, games: int = 1, **overrides) -> gym.vector.VectorEnv:
-    """A vector of games: raw rewards, obs (n, 4, 84, 84) uint8 or MinAtar's (n, 10, 10, channels)."""
+def make_env(args: Args, n: int = 1, **overrides) -> gym.vector.VectorEnv:
+    """A vector of n games: raw rewards, obs (n, 4, 84, 84) uint8 or MinAtar's (n, 10, 10, channels)."""
     if not re.fullmatch(r"ALE/\w+-v5|MinAtar/\w+-v1", args.env_id):
         fail(f"--env-id is {args.env_id}: it must be ALE/<Game>-v5 or MinAtar/<Game>-v1.")
     try:
@@ -368,7 +368,7 @@ def make_env(args: Args, games: int = 1, **overrides) -> gym.vector.VectorEnv:
 
             if args.env_id not in gym.registry:
                 minatar.gym.register_envs()
-            return gym.make_vec(args.env_id, games, "sync", max_episode_steps=args.max_episode_steps)
+            return gym.make_vec(args.env_id, n, "sync", max_episode_steps=args.max_episode_steps)
 
         # ale-py's own vector: gray, 84 x 84, the brighter of a skip's last two frames
         gym.register_envs(ale_py)
@@ -381,7 +381,7 @@ def make_env(args: Args, games: int = 1, **overrides) -> gym.vector.VectorEnv:
             "use_fire_reset": False,
             "reward_clipping": False,
         }
-        return gym.make_vec(args.env_id, games, "vector_entry_point", **(settings | overrides))
+        return gym.make_vec(args.env_id, n, "vector_entry_point", **(settings | overrides))
     except (gym.error.Error, OSError, AssertionError, RuntimeError) as error:
         fail(f"--env-id is {args.env_id}: {error}")
 
@@ -401,7 +401,8 @@ class Games:
 
     def __init__(self, args: Args):
         self.envs = make_env(args, args.num_envs)
-        self.args = args
+        self.seed = args.seed
+        self.lost_life_ends_return = args.lost_life_ends_return
         self.numbers = np.arange(args.num_envs)  # of the games that are being played
         self.actions = [[] for _ in self.numbers]  # theirs
         self.returns = np.zeros(args.num_envs)  # raw rewards
@@ -410,7 +411,7 @@ class Games:
 
     def reset(self, which: np.ndarray):
         """Show the first observations of the games in these places, (games,) of bool."""
-        seeds = (1_000_003 * self.args.seed + self.numbers) % 2**31  # int32, and no two games' the same for long
+        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32, and no two games' the same for long
         if isinstance(self.envs, gym.vector.SyncVectorEnv):
             seeds = seeds.tolist()
             for place in np.flatnonzero(which):
@@ -440,7 +441,7 @@ class Games:
             self.actions[place] = []
         if over.any():
             self.reset(over)
-        if self.args.lost_life_ends_return:
+        if self.lost_life_ends_return:
             terminations = terminations | lost
         return next_obs, rewards, terminations, truncations, scores
 

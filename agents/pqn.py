@@ -77,7 +77,7 @@ class Args:
     num_minibatches: int = 4  # parts of a roll-out, an update each
     update_epochs: int = 4  # times that a roll-out is learned from
     gamma: float = 0.99  # discount per agent step
-    start_e: float = 1.0  # share of random actions at first
+    start_e: float = 1.0  # share of random actions until learning starts
     end_e: float = 0.01  # share of random actions after the decay
     exploration_fraction: float = 0.1  # share of the run that the decay takes
     # ---- algorithm
@@ -306,8 +306,8 @@ def check_flags(args: Args, **ranges: tuple[float, float]):
 
 
 # ---- environment
-def make_env(args: Args, games: int = 1, **overrides) -> gym.vector.VectorEnv:
-    """A vector of games: raw rewards, obs (n, 4, 84, 84) uint8 or MinAtar's (n, 10, 10, channels)."""
+def make_env(args: Args, n: int = 1, **overrides) -> gym.vector.VectorEnv:
+    """A vector of n games: raw rewards, obs (n, 4, 84, 84) uint8 or MinAtar's (n, 10, 10, channels)."""
     if not re.fullmatch(r"ALE/\w+-v5|MinAtar/\w+-v1", args.env_id):
         fail(f"--env-id is {args.env_id}: it must be ALE/<Game>-v5 or MinAtar/<Game>-v1.")
     try:
@@ -316,7 +316,7 @@ def make_env(args: Args, games: int = 1, **overrides) -> gym.vector.VectorEnv:
 
             if args.env_id not in gym.registry:
                 minatar.gym.register_envs()
-            return gym.make_vec(args.env_id, games, "sync", max_episode_steps=args.max_episode_steps)
+            return gym.make_vec(args.env_id, n, "sync", max_episode_steps=args.max_episode_steps)
 
         # ale-py's own vector: gray, 84 x 84, the brighter of a skip's last two frames
         gym.register_envs(ale_py)
@@ -329,7 +329,7 @@ def make_env(args: Args, games: int = 1, **overrides) -> gym.vector.VectorEnv:
             "use_fire_reset": False,
             "reward_clipping": False,
         }
-        return gym.make_vec(args.env_id, games, "vector_entry_point", **(settings | overrides))
+        return gym.make_vec(args.env_id, n, "vector_entry_point", **(settings | overrides))
     except (gym.error.Error, OSError, AssertionError, RuntimeError) as error:
         fail(f"--env-id is {args.env_id}: {error}")
 
@@ -349,7 +349,8 @@ class Games:
 
     def __init__(self, args: Args):
         self.envs = make_env(args, args.num_envs)
-        self.args = args
+        self.seed = args.seed
+        self.lost_life_ends_return = args.lost_life_ends_return
         self.numbers = np.arange(args.num_envs)  # of the games that are being played
         self.actions = [[] for _ in self.numbers]  # theirs
         self.returns = np.zeros(args.num_envs)  # raw rewards
@@ -358,7 +359,7 @@ class Games:
 
     def reset(self, which: np.ndarray):
         """Show the first observations of the games in these places, (games,) of bool."""
-        seeds = (1_000_003 * self.args.seed + self.numbers) % 2**31  # int32, and no two games' the same for long
+        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32, and no two games' the same for long
         if isinstance(self.envs, gym.vector.SyncVectorEnv):
             seeds = seeds.tolist()
             for place in np.flatnonzero(which):
@@ -388,7 +389,7 @@ class Games:
             self.actions[place] = []
         if over.any():
             self.reset(over)
-        if self.args.lost_life_ends_return:
+        if self.lost_life_ends_return:
             terminations = terminations | lost
         return next_obs, rewards, terminations, truncations, scores
 

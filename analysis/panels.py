@@ -20,6 +20,15 @@ COLOURS = {8: "#0072B2", 16: "#D55E00", 32: "black", 64: "#009E73"}  # of batch 
 OTHERS = ["black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # of other values, in their order
 USUAL = 32  # the batch size that others are compared with
 RESAMPLES = 2_000
+MEASURES = {  # of agents without a replay, which log them; PQN has no effective sample size
+    "feature_rank": "feature rank",
+    "dormant_neurons": "dormant neurons",
+    "weight_norm": "weight norm",
+    "gradient_kurtosis": "gradient kurtosis",
+    "policy_variance": "policy variance",
+    "effective_sample_size": "effective sample size",
+}
+TWENTIETHS = 20  # of a run, a point each
 
 
 @dataclass
@@ -156,6 +165,80 @@ def diagnostics(panels: list[Panel], columns: int) -> Figure:
     """Returns and diagnostics, a row for each game."""
     (panel,) = panels
     return figures.diagnostics(compute(panel.study, panel.reference.label, RESAMPLES, np.random.default_rng(0)))
+
+
+def measured(panel: Panel, group: Group, measure: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Steps, and each game's runs (runs, steps): means of a diagnostic in every twentieth that all runs have."""
+    last = panel.study.frames[-1]
+    strata = []
+    for game in panel.study.scored:
+        rows = []
+        for run in group.runs[game]:
+            series = run.series.get(f"diagnostics/{measure}")
+            if series is None:
+                return np.zeros(0), []
+            places = np.ceil(series.steps * run.frames_per_step * TWENTIETHS / last).astype(int) - 1
+            inside = places < TWENTIETHS
+            counts = np.bincount(places[inside], minlength=TWENTIETHS)
+            totals = np.bincount(places[inside], series.values[inside], minlength=TWENTIETHS)
+            with np.errstate(invalid="ignore"):
+                rows.append(totals / counts)
+        strata.append(np.array(rows))
+    known = ~np.isnan(np.concatenate(strata)).any(axis=0)
+    ends = last * np.arange(1, TWENTIETHS + 1) / TWENTIETHS
+    return ends[known], [rows[:, known] for rows in strata]
+
+
+def measures(panels: list[Panel], columns: int) -> Figure:
+    """A row of scores and one of each measure of the network, a column for each panel."""
+    drawn = Figure(figsize=(3.1 * len(panels) + 0.6, 1.5 * (len(MEASURES) + 1) + 0.9))
+    axes = drawn.subplots(len(MEASURES) + 1, len(panels), squeeze=False, sharex=True, sharey="row")
+    rng = np.random.default_rng(0)
+    for column, panel in zip(axes.T, panels, strict=True):
+        study = panel.study
+        scale, unit = figures.frames_unit(study.frames)
+        for group in panel.groups:
+            lines = [(study.frames, [group.normalised[game] for game in study.scored])]
+            lines += [measured(panel, group, measure) for measure in MEASURES]
+            for place, (across, strata) in zip(column, lines, strict=True):
+                if len(across) == 0:
+                    continue
+                found = statistics.estimate(strata, rng, ["iqm"], RESAMPLES)["iqm"]
+                colour = panel.colour(group)
+                place.plot(across / scale, found.point, color=colour, label=group.label)
+                place.fill_between(across / scale, found.low, found.high, color=colour, alpha=0.2, linewidth=0)
+        column[0].set_title(panel.title, fontsize=9)
+        column[-1].set_xlabel(unit, fontsize=7)
+        for place in column:
+            place.tick_params(labelsize=7)
+            if not place.lines:
+                place.text(0.5, 0.5, "it has none", transform=place.transAxes, ha="center", fontsize=7, color="0.4")
+    for place, title in zip(axes[:, 0], [panels[0].study.unit, *MEASURES.values()], strict=True):
+        place.set_ylabel(title, fontsize=7)
+    drawn.supxlabel("IQM of all runs; bands: 95% stratified bootstrap intervals")
+    legend(drawn, axes[0])
+    return drawn
+
+
+def measures_table(panels: list[Panel]) -> Iterator[str]:
+    """The last scores and measures as a Markdown table: IQM and interval of each."""
+    names = ["score", *MEASURES.values()]
+    yield f"| agent | games x steps | runs | {' | '.join(names)} |"
+    yield "|-" * (len(names) + 3) + "|"
+    rng = np.random.default_rng(0)
+    for panel in panels:
+        for group in panel.groups:
+            lines = [group.strata(panel.study.scored)]
+            lines += [[rows[:, -1] for rows in measured(panel, group, measure)[1]] for measure in MEASURES]
+            cells = []
+            for strata in lines:
+                if not strata:
+                    cells.append("")
+                    continue
+                found = statistics.estimate(strata, rng, ["iqm"], RESAMPLES)["iqm"]
+                cells.append(f"{found.point:.3g} [{found.low:.3g}, {found.high:.3g}]")
+            runs = sum(len(group.runs[game]) for game in panel.study.scored)
+            yield f"| {panel.title} | {group.label} | {runs} | {' | '.join(cells)} |"
 
 
 def table(panels: list[Panel]) -> Iterator[str]:

@@ -83,7 +83,8 @@ def draw(name: str, asked: Figure, scale: str, overrides: dict, folder: Path, re
         for kind, facts in (("png", {}), ("svg", {"metadata": {"Date": None}})):
             drawn.savefig(out / f"{name}.{kind}", **facts)
 
-    (out / f"{name}.md").write_text("\n".join(panels.table(made)) + "\n")
+    table = panels.measures_table if asked.draw == "measures" else panels.table
+    (out / f"{name}.md").write_text("\n".join(table(made)) + "\n")
 
     print(f"{out / name}.png: {asked.asks}")
     for sentence in panels.sentences(made):

@@ -17,7 +17,7 @@ HARD_IN_MINATAR = ("Freeway", "Seaquest")
 @dataclass(frozen=True)
 class Figure:
     asks: str  # the question, in a sentence
-    draw: str  # curves, games, gains, time or diagnostics: a function of analysis/panels.py
+    draw: str  # curves, games, gains, time, diagnostics or measures: a function of analysis/panels.py
     agents: tuple[str, ...]  # files in agents/
     varied: dict[str, tuple]  # flag -> its values
     games: str | tuple[str, ...] = "fedus20"  # a list of analysis/data/game_lists.csv, or names

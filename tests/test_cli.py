@@ -37,7 +37,16 @@ def make(module, **flags):
 
 # ---- wrong flags
 MAY_BE_ZERO = ["seed", "noop_max", "exploration_steps"]  # and those whose help says what 0 means
-NO_SHARES = ["v_min", "v_max", "target_noise_std", "spr_weight", "cql_alpha", "dr3_coefficient"]
+NO_SHARES = [
+    "v_min",
+    "v_max",
+    "target_noise_std",
+    "spr_weight",
+    "cql_alpha",
+    "dr3_coefficient",
+    "vf_coef",
+    "max_grad_norm",
+]
 
 
 @each_agent

@@ -1,4 +1,4 @@
-"""PQN and PPO, which learn from a roll-out of many games and throw it away: their data, targets, losses and measures."""
+"""PQN and PPO, which learn from a roll-out of many games and throw it away: data, targets, losses and measures."""
 
 import copy
 import itertools
@@ -70,9 +70,9 @@ def value_of(module, network, obs):
 
 
 def rolled_out(module, monkeypatch, **flags):
-    """Train for one roll-out of three scripted games; return what was learned from, by (game, step), and the network."""
+    """Train on one roll-out of three scripted games; return what was learned from, by (game, step), and the network."""
     script = Script(3)
-    monkeypatch.setattr(module, "make_env", lambda args, games=1: script)
+    monkeypatch.setattr(module, "make_env", lambda args, n=1: script)
     loss = "q_loss" if name_of(module) == "pqn" else "ppo_loss"
     real = getattr(module, loss)
     seen = {}
