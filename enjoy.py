@@ -4,7 +4,8 @@
     python enjoy.py runs/ALE-Pong-v5__qrdqn__1__... --render
 
 The weights are those of model.pt (--save-model) or, without one, of checkpoint.pt. The games are those of the run's
-evaluation after its last step, played as there (but for iqn, which draws its fractions tau anew); --seed gives others.
+evaluation after its last step, played as there (but iqn and ppo draw their fractions and actions anew); --seed gives
+others.
 Ctrl-C or closing the window ends the playing, and the video there.
 """
 
@@ -158,7 +159,8 @@ def main(args: Args) -> list[float]:
 
     seed = flags.seed if args.seed is None else args.seed
     epsilon = flags.eval_epsilon if args.epsilon is None else args.epsilon
-    stream = flags.total_timesteps  # the last evaluation's
+    rollout = getattr(flags, "num_envs", 1) * getattr(flags, "num_steps", 1)
+    stream = flags.total_timesteps // rollout * rollout  # the last evaluation's
     rng = np.random.default_rng([seed, stream])
     torch.manual_seed(seed)
 

@@ -4,10 +4,12 @@
   python -m analysis --scores scores.csv --by agent --out results/
   python -m analysis compare "qrdqn, batch size 8" "qrdqn, batch size 32" --runs runs/
   python -m analysis contribution --gammas 0.97 0.99 0.997 --out contribution.png
+  python -m analysis coverage runs/ --by agent num_envs --out coverage.png
 
 The first two write CSV and Markdown tables, PNG and SVG figures, and report.html, which holds them all. The third
-prints two settings side by side. The fourth draws what a reward counts for when it is t steps away. A table of scores
-has the columns agent, game, seed, frames and score; all others are settings, by which --by can group and --only choose.
+prints two settings side by side. The fourth draws what a reward counts for when it is t steps away, the fifth what part
+of a game each setting saw. A table of scores has the columns agent, game, seed, frames and score; all others are
+settings, by which --by can group and --only choose.
 """
 
 import os
@@ -15,11 +17,12 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 
+from analysis import coverage
 from analysis.compare import compare
 from analysis.figures import contribution
 from analysis.report import check_out, write_report
@@ -71,6 +74,16 @@ class Contribution:
 
 
 @dataclass
+class Coverage:
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders that hold runs with --save-features, at any depth
+    by: tuple[str, ...] = ("agent", "num_envs", "num_steps")  # flags that make a setting
+    of: Literal["observations", "features"] = "observations"  # features compare within one network alone
+    rows: int = 2_000  # points of each setting, or as many as the setting with the fewest has
+    seed: int = 0  # of the drawing and the projection
+    out: Path = Path("coverage.png")  # file to write
+
+
+@dataclass
 class Compare(Common):
     pair: Annotated[tyro.conf.Positional[tuple[str, str]], tyro.conf.arg(metavar="A B")] = field(default=("", ""))
     """settings, as the report's tables name them: "qrdqn, batch size 8", or an agent that has one setting only"""
@@ -117,10 +130,13 @@ def chosen(runs: list[Run], args: Common) -> list[Run]:
 
 
 def default_grouping(runs: list[Run], from_tables: bool) -> list[str]:
-    """Return agent and batch_size; of tables every setting that has several values, as they have few."""
+    """Return agent, batch_size, and a roll-out's shape if it varies; of tables every setting that varies."""
     by = ["agent"]
     if any("batch_size" in run.settings for run in runs):
         by.append("batch_size")
+    for name in ("num_envs", "num_steps"):
+        if len({run.settings[name] for run in runs if name in run.settings}) > 1:
+            by.append(name)
     if from_tables:
         names = dict.fromkeys(name for run in runs for name in run.settings if name not in by)
         by += [name for name in names if len({get(run, name) for run in runs}) > 1]
@@ -157,10 +173,31 @@ def draw_contribution(args: Contribution) -> None:
         raise BadInput("--gammas must be from 0 to 1.")
     if not 1 <= args.steps <= 1_000_000:
         raise BadInput("--steps must be from 1 to 1,000,000.")
-    if args.out.suffix not in (".png", ".svg", ".pdf"):
-        raise BadInput(f"--out is {args.out}: its name must end in .png, .svg or .pdf.")
+    check_picture(args.out)
     contribution(args.gammas, args.steps).savefig(args.out)
     print(args.out)
+
+
+def draw_coverage(args: Coverage) -> None:
+    """Draw what each setting saw, and print its share of the cells."""
+    if not 2 <= args.rows <= 1_000_000 or not 0 <= args.seed < 2**32:
+        raise BadInput("--rows must be from 2 to 1,000,000, and --seed from 0 to 4,294,967,295.")
+    check_picture(args.out)
+    projected = {}
+    print(f"| game | setting | points | share of {coverage.GRID}x{coverage.GRID} cells |")
+    print("|-|-|-|-|")
+    for game, samples in coverage.read_settings(args.runs, list(args.by), args.of).items():
+        projected[game] = coverage.project(samples, args.rows, args.seed)
+        for label, share in coverage.shares(projected[game]).items():
+            print(f"| {game} | {label} | {len(projected[game][label]):,} | {share:.1%} |")
+    coverage.draw(projected, args.of).savefig(args.out)
+    print(args.out)
+
+
+def check_picture(path: Path) -> None:
+    """Raise BadInput unless a picture can have this name."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise BadInput(f"--out is {path}: its name must end in .png, .svg or .pdf.")
 
 
 def main() -> None:
@@ -173,6 +210,9 @@ def main() -> None:
             print(compare(study, *args.pair, args.resamples, np.random.default_rng(args.seed)))
         elif arguments[:1] == ["contribution"]:
             draw_contribution(tyro.cli(Contribution, args=arguments[1:], prog="python -m analysis contribution"))
+        elif arguments[:1] == ["coverage"]:
+            args = tyro.cli(Coverage, args=arguments[1:], prog="python -m analysis coverage", description=__doc__)
+            draw_coverage(args)
         else:
             report(tyro.cli(Report, args=arguments, prog="python -m analysis", description=__doc__))
     except BadInput as error:

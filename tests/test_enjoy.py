@@ -69,6 +69,14 @@ def watch_act(monkeypatch, name: str) -> list[np.ndarray]:
 
 
 # ---- what is played
+def test_agents_without_a_replay_play_too(on_policy, make_run):
+    """After a roll-out that leaves some steps over."""
+    run = make_run(on_policy, total_timesteps=100)
+    returns = enjoy.main(enjoy.Args(run, episodes=3))
+    if name_of(on_policy) != "ppo":  # it draws its actions
+        assert scalars(run)["eval/episodic_return"] == [(96, pytest.approx(np.mean(returns)))]
+
+
 def test_every_agent_plays_the_games_of_its_last_evaluation(agent, make_run):
     run = make_run(agent)
     returns = enjoy.main(enjoy.Args(run, episodes=3))

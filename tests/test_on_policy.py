@@ -8,7 +8,18 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, make_network, name_of, scalars, weights
+from conftest import (
+    check_same,
+    contents,
+    logged,
+    make_args,
+    make_network,
+    name_of,
+    scalars,
+    stop_in_call,
+    stopped,
+    weights,
+)
 from torch import nn
 
 from analysis.runs import read_folder
@@ -650,3 +661,64 @@ def test_an_observation_is_not_written_over(pqn):
     for _ in range(3):
         games.step(np.array([2, 3]))
     assert np.array_equal(first, kept)
+
+
+# ---- stopped and resumed
+RESUMED = {
+    "MinAtar": {"env_id": "MinAtar/Asterix-v1", "num_envs": 3, "total_timesteps": 250},
+    "ALE": {"env_id": "ALE/Breakout-v5", "num_envs": 2, "total_timesteps": 96, "sticky_actions": 0.25},
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_stopped_and_resumed(on_policy, kind):
+    """In the middle of roll-outs, which are played to their end, and of games of different ages."""
+    flags = RESUMED[kind] | {"diagnostics_frequency": 40, "eval_frequency": 60, "eval_episodes": 1}
+    flags["max_episode_steps"] = 20
+    whole = on_policy.train(make_args(on_policy, **flags)).absolute()
+    folder = stopped(on_policy, make_args(on_policy, **flags), stop_in_call, on_policy.Games, "step", 3)
+    batch_steps = 8 * flags["num_envs"]
+    assert contents(folder)["/global_step"] == batch_steps
+    stopped(on_policy, make_args(on_policy, resume=str(folder), **flags), stop_in_call, on_policy.Games, "step", 12)
+    assert contents(folder)["/global_step"] == 3 * batch_steps
+    on_policy.train(make_args(on_policy, resume=str(folder), **flags))
+    check_same(whole, folder)
+
+
+def test_stopped_in_the_last_evaluation(on_policy):
+    flags = {"eval_episodes": 2}
+    whole = on_policy.train(make_args(on_policy, **flags)).absolute()
+    folder = stopped(on_policy, make_args(on_policy, **flags), stop_in_call, on_policy, "reset", 2)
+    assert contents(folder)["/global_step"] == 96
+    assert "eval/episodic_return" not in logged(folder)
+    on_policy.train(make_args(on_policy, resume=str(folder), **flags))
+    check_same(whole, folder)
+
+
+def test_checkpoints_are_written_when_due(on_policy, monkeypatch):
+    """At the first roll-outs that reach or pass 40 and 80 steps, and at the end."""
+    steps = []
+    real = on_policy.save
+    monkeypatch.setattr(on_policy, "save", lambda path, state: steps.append(state["global_step"]) or real(path, state))
+    on_policy.train(make_args(on_policy, checkpoint_frequency=40, total_timesteps=120))
+    assert steps == [48, 96, 120]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_run(on_policy, refused, monkeypatch, what):
+    if what == "loss":
+        monkeypatch.setattr(on_policy.np, "clip", lambda rewards, low, high: rewards + math.nan)
+    else:
+        monkeypatch.setattr(on_policy.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    error = refused(on_policy.train, make_args(on_policy), may_write=True)
+    assert "the loss is not finite at step 24" in error
+    assert not list(on_policy.Path("runs").glob("*/checkpoint.pt"))
+
+
+# ---- learning
+@pytest.mark.long
+def test_it_learns(on_policy):
+    """200,000 steps of MinAtar Breakout; random play scores 0.38."""
+    args = on_policy.Args(env_id="MinAtar/Breakout-v1", cuda=False, total_timesteps=200_000, num_envs=32, num_steps=32)
+    returns = [value for _, value in scalars(on_policy.train(args))["charts/episodic_return"]]
+    assert np.mean(returns[-100:]) > 2.0
