@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, load
 
 from analysis import figures, panels
-from analysis.runs import BadInput
+from analysis.runs import BadInput, Series, read_folder
 from analysis.scores import Run as Curve
 from experiments import __main__ as command_line
 from experiments import draw, local, plan, slurm, speeds
@@ -58,6 +58,7 @@ def runs_of(name, scale="paper", overrides=()):
         ("fig2.25", 3 * 2 * 4 * 17 * 5, 3 * 2 * 4 * 5 * 5 + 5),  # and on MinAtar a recording of each game
         ("small-batch", 2 * 2 * 20 * 5, 2 * 2 * 5 * 5),
         ("bbf", 6 * 26 * 3, 6 * 3 * 3),
+        ("parallel", 2 * 4 * 10 * 5, 2 * 4 * 5 * 3),
     ],
 )
 def test_how_many_runs(name, paper, minatar):
@@ -66,7 +67,7 @@ def test_how_many_runs(name, paper, minatar):
 
 
 def test_every_figure_of_the_study_is_there():
-    assert set(FIGURES) == {f"fig2.{number}" for number in range(1, 26)} | {"small-batch", "bbf"}
+    assert set(FIGURES) == {f"fig2.{number}" for number in range(1, 26)} | {"small-batch", "bbf", "parallel"}
     for figure in FIGURES.values():
         assert figure.asks.endswith("?")
         varied = {"agent", *figure.varied, *(["variant"] if figure.variants else [])}
@@ -571,6 +572,60 @@ def test_a_figure_with_lines_at_resets(tmp_path):
     assert [row.split(" | ")[1] for row in rows] == list(figure.variants)
     ends = [float(row.split(" | ")[2]) for row in rows]
     assert ends == sorted(ends, reverse=True)
+
+
+def measured_curve(seed, rank, steps=200):
+    """A curve with a feature rank every tenth of it: rank, rank + 1, ..."""
+    curve = fake_curve(32, "MinAtar/Breakout", seed, np.linspace(1, 5, 20))
+    curve.frames = np.arange(1, 21) * steps // 20
+    places = np.arange(1, 11) * steps // 10
+    curve.series["diagnostics/feature_rank"] = Series(places, rank + np.arange(10.0), np.zeros(10))
+    return curve
+
+
+def test_measures_of_networks():
+    """Rows of scores and measures; points in the twentieths that have one; the last in the table, or nothing."""
+    figure = FIGURES["parallel"]
+    found = []
+    for number, variant in enumerate(figure.variants):
+        setting = {"agent": "pqn", "variant": variant}
+        found += [(setting, measured_curve(seed, 100 * number)) for seed in (1, 2, 3)]
+    (made,) = draw.make_panels(figure, found, plan.values_of(figure, "minatar"))
+    across, (rows,) = panels.measured(made, made.groups[1], "feature_rank")
+    assert across.tolist() == [20 * number for number in range(1, 11)]
+    assert rows.tolist() == [[100.0 + number for number in range(10)]] * 3
+    drawn = panels.measures([made], 1)
+    assert len(drawn.axes) == 1 + len(panels.MEASURES)
+    assert [len(axes.lines) for axes in drawn.axes] == [4, 4] + [0] * (len(panels.MEASURES) - 1)
+    assert drawn.axes[1].lines[3].get_ydata().tolist() == [300 + number for number in range(10)]
+    table = list(panels.measures_table([made]))
+    assert [row.split(" | ")[1] for row in table[2:]] == list(figure.variants)
+    assert [row.split(" | ")[4] for row in table[2:]] == [f"{rank} [{rank}, {rank}]" for rank in (9, 109, 209, 309)]
+    assert {row.split(" | ")[5].strip() for row in table[2:]} == {""}
+
+
+def test_a_record_keeps_diagnostics(dqn, monkeypatch):
+    """As means of each twentieth."""
+    figure = Figure("?", "curves", ("dqn",), {"batch_size": (8,)}, minatar_games=("Breakout",), minatar_steps=400)
+    monkeypatch.setitem(FIGURES, "short", figure)
+    runs = runs_of("short", "minatar", QUICK | {"learning_starts": 100, "diagnostics_frequency": 13})[:2]
+    folder = Path()
+    record = Record(Path("docs/record.csv"))
+    for run in runs:
+        dqn.train(dqn.Args(env_id=run.env_id, seed=run.seed, exp_name=run.exp_name, **dict(run.flags)))
+        record.add(run, folder)
+    again = Record(Path("docs/record.csv"))
+    for run in runs:
+        logged = read_folder(run.result(folder), None).series["diagnostics/srank"]
+        kept = again.curve(run).series["diagnostics/srank"]
+        assert len(logged.steps) > 3
+        for step, value in zip(kept.steps.tolist(), kept.values.tolist(), strict=True):
+            inside = (logged.steps > step - 20) & (logged.steps <= step)
+            assert value == pytest.approx(logged.values[inside].mean(), rel=1e-5)
+        assert len(kept.steps) == len({(step - 1) // 20 for step in logged.steps.tolist()})
+    Path("docs/record_diagnostics.csv").write_text("other\n")
+    with pytest.raises(BadInput, match="is no record of runs"):
+        Record(Path("docs/record.csv"))
 
 
 def test_panels_stand_row_by_row():
