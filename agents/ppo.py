@@ -216,16 +216,16 @@ def train(args: Args) -> Path:
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
 
     # a roll-out: (steps, games, ...)
+    batch_steps = args.num_envs * args.num_steps
     shape = (args.num_steps, args.num_envs)
-    pixel = torch.from_numpy(games.obs).dtype
-    observations = torch.zeros(*shape, *obs_space.shape, dtype=pixel, device=device)
+    observations = torch.zeros(batch_steps, *obs_space.shape, dtype=torch.from_numpy(games.obs).dtype, device=device)
+    observations = observations.to(memory_format=torch.channels_last).unflatten(0, shape)  # as the network's weights
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     rewards = torch.zeros(shape, device=device)
     log_probs = torch.zeros(shape, device=device)
     values = torch.zeros(args.num_steps + 1, args.num_envs, device=device)
     terminations = torch.zeros(shape, dtype=torch.bool, device=device)
 
-    batch_steps = args.num_envs * args.num_steps
     last_step = args.total_timesteps // batch_steps * batch_steps
     global_step = 0  # agent steps so far, of all games together
     finished = False

@@ -6,9 +6,10 @@
 Counted is nothing but steps that act with the network and learn as often as the agent does by default: after 1,000
 random steps and --warm-up seconds of learning. Those who are compared live side by side, a process each, and take
 turns of --seconds while the others wait, so that a slow minute of the machine slows them all. The table has the medians
-of the turns, and the median and the quartiles of the ratio within a round. The libraries' DQN and QR-DQN play Pong, by
-the network they have (--network nature). cql_offline plays no steps: benchmarks/dataset.py times its updates. Nothing
-else should run on the machine.
+of the turns, and the median and the quartiles of the ratio within a round. The libraries' DQN, QR-DQN and PPO play
+Pong, by the network they have (--network nature). The agents without a replay, and PPO, take turns of whole roll-outs,
+and are measured with --num-envs games side by side instead of batch sizes. cql_offline plays no steps:
+benchmarks/dataset.py times its updates. Nothing else should run on the machine.
 """
 
 import contextlib
@@ -36,15 +37,20 @@ import tyro
 AGENTS = Path(__file__).resolve().parent.parent / "agents"
 RANDOM_STEPS = 1_000
 PERIOD = 4  # steps in which every agent makes the same number of updates
+ON_POLICY = ("pqn", "ppo")
+ROLLOUT = 128  # steps of each of their games between two updates
 SPAWN = multiprocessing.get_context("spawn")
-SB3 = {"dqn": ("stable_baselines3", "DQN"), "qrdqn": ("sb3_contrib", "QRDQN")}
+SB3 = {"dqn": ("stable_baselines3", "DQN"), "qrdqn": ("sb3_contrib", "QRDQN"), "ppo": ("stable_baselines3", "PPO")}
 
 
 @dataclass
 class Args:
-    agents: tuple[str, ...] = ("dqn", "qrdqn", "iqn", "rainbow", "der", "drq_eps", "spr", "sr_spr", "bbf")  # files
+    agents: tuple[str, ...] = (  # files
+        *("dqn", "qrdqn", "iqn", "rainbow", "der", "drq_eps", "spr", "sr_spr", "bbf", "pqn", "ppo"),
+    )
     games: tuple[str, ...] = ("ALE/Pong-v5", "MinAtar/Breakout-v1")  # games to play
     batch_sizes: tuple[int, ...] = (8, 32)  # transitions in an update
+    num_envs: tuple[int, ...] = (8, 64)  # games side by side, of the agents without a replay
     network: Literal["dopamine", "nature"] = "nature"  # convolutions (ALE)
     rounds: int = 10  # turns of each
     seconds: float = 2.0  # of a turn
@@ -64,8 +70,11 @@ class Enough(Exception):
 class Clock:
     """Measures steps per second in turns. The other end of the channel sends how many seconds each is to take, or 0."""
 
-    def __init__(self, channel: Connection):
+    def __init__(self, channel: Connection, random_steps: int = RANDOM_STEPS, period: int = PERIOD, games: int = 1):
         self.channel = channel
+        self.random_steps = random_steps
+        self.period = period
+        self.games = games  # agent steps in a tick
         self.steps = 0
         self.began = None  # seconds; the turn that is going on
         self.first_step = 0
@@ -74,13 +83,13 @@ class Clock:
     def tick(self):
         """Count a step; at the end of a turn report it, and wait for the next."""
         self.steps += 1
-        if self.steps < RANDOM_STEPS or self.steps % PERIOD:
+        if self.steps < self.random_steps or self.steps % self.period:
             return
         if self.began is not None:
             passed = time.perf_counter() - self.began
             if passed < self.length:
                 return
-            self.channel.send((self.steps - self.first_step) / passed)
+            self.channel.send((self.steps - self.first_step) * self.games / passed)
         self.length = self.channel.recv()
         if self.length == 0:
             raise Enough
@@ -115,6 +124,58 @@ def run_agent(channel: Connection, folder: Path, agent: str, game: str, batch_si
     }
     with contextlib.suppress(Enough):
         module.train(module.Args(**flags))
+
+
+def run_on_policy(channel: Connection, folder: Path, agent: str, game: str, num_envs: int, args: Args):
+    """Let <folder>/<agent>.py learn from so many games; a turn is of whole roll-outs."""
+    spec = importlib.util.spec_from_file_location(agent, folder / f"{agent}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    clock = Clock(channel, ROLLOUT, ROLLOUT, num_envs)
+    step = module.Games.step
+
+    def counted_step(*arguments):
+        clock.tick()
+        return step(*arguments)
+
+    module.Games.step = counted_step
+    flags = {"env_id": game, "num_envs": num_envs, "num_steps": ROLLOUT, "cuda": args.cuda, "eval_episodes": 0}
+    flags |= {"total_timesteps": 1_000_000_000, "checkpoint_frequency": 0}
+    with contextlib.suppress(Enough):
+        module.train(module.Args(**flags))
+
+
+def run_sb3_ppo(channel: Connection, agent: str, game: str, num_envs: int, args: Args):
+    """Let the library's PPO learn from so many games, with the same settings."""
+    import ale_py
+    import gymnasium
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    gymnasium.register_envs(ale_py)
+    emulator = {"frameskip": 1, "repeat_action_probability": 0.0}
+    env = VecFrameStack(make_atari_env(game, num_envs, 1, env_kwargs=emulator), 4)
+    model = PPO(
+        "CnnPolicy",
+        env,
+        learning_rate=2.5e-4,
+        n_steps=ROLLOUT,
+        batch_size=num_envs * ROLLOUT // 4,
+        n_epochs=4,
+        clip_range=0.1,
+        clip_range_vf=0.1,
+        ent_coef=0.01,
+        device="auto" if args.cuda else "cpu",
+    )
+    clock = Clock(channel, ROLLOUT, ROLLOUT, num_envs)
+
+    def count(_locals, _globals):
+        clock.tick()
+        return True
+
+    with contextlib.suppress(Enough):
+        model.learn(1_000_000_000, count)
 
 
 def run_sb3(channel: Connection, agent: str, game: str, batch_size: int, args: Args):
@@ -223,21 +284,23 @@ def measure(who: dict[str, tuple], args: Args) -> dict[str, list[float]]:
 
 
 # ---- the table
-def contenders(agent: str, game: str, batch_size: int, args: Args) -> dict[str, tuple]:
-    """Who is measured in this setting: {name: (function, arguments)}."""
-    setting = (agent, game, batch_size, args)
-    found = {"ours": (run_agent, AGENTS, *setting)}
+def contenders(agent: str, game: str, size: int, args: Args) -> dict[str, tuple]:
+    """Who is measured with a batch, or so many games, of this size: {name: (function, arguments)}."""
+    setting = (agent, game, size, args)
+    ours, theirs = (run_on_policy, run_sb3_ppo) if agent in ON_POLICY else (run_agent, run_sb3)
+    found = {"ours": (ours, AGENTS, *setting)}
     if args.before and (args.before / "agents" / f"{agent}.py").exists():
-        found["before"] = (run_agent, args.before.resolve() / "agents", *setting)
+        found["before"] = (ours, args.before.resolve() / "agents", *setting)
     if args.sb3 and agent in SB3 and game.startswith("ALE/") and args.network == "nature":
-        found["sb3"] = (run_sb3, *setting)
+        found["sb3"] = (theirs, *setting)
     return found
 
 
-def print_rows(game: str, agent: str, batch_size: int, speeds: dict[str, list[float]]):
+def print_rows(game: str, agent: str, size: int, speeds: dict[str, list[float]]):
     """Print a row for each rival, or one without."""
     ours = speeds["ours"]
-    setting = f"| {game} | {agent} | {batch_size} | {median(ours):.1f} |"
+    size = f"{size} games" if agent in ON_POLICY else size
+    setting = f"| {game} | {agent} | {size} | {median(ours):.1f} |"
     if len(speeds) == 1:
         print(setting, "| | | |", flush=True)
     for name, theirs in speeds.items():
@@ -258,10 +321,11 @@ def main(args: Args):
     results = []
     for game in args.games:
         for agent in args.agents:
-            for batch_size in args.batch_sizes:
-                speeds = measure(contenders(agent, game, batch_size, args), args)
-                results.append({"game": game, "agent": agent, "batch_size": batch_size, "speeds": speeds})
-                print_rows(game, agent, batch_size, speeds)
+            for size in args.num_envs if agent in ON_POLICY else args.batch_sizes:
+                speeds = measure(contenders(agent, game, size, args), args)
+                name = "num_envs" if agent in ON_POLICY else "batch_size"
+                results.append({"game": game, "agent": agent, name: size, "speeds": speeds})
+                print_rows(game, agent, size, speeds)
                 if args.out:
                     record = {"machine": machine, "flags": asdict(args), "results": results}
                     args.out.write_text(json.dumps(record, indent=2, default=str))

@@ -10,7 +10,8 @@ from experiments.figures import FIGURES
 from experiments.local import count_cores
 from experiments.plan import ROOT, Run, make_plan
 
-KNOWN = Path("studies") / "speeds.json"  # {game kind: {agent and network: {batch size: steps per second}}}
+KNOWN = Path("studies") / "speeds.json"  # {game kind: {agent and network: {batch size or games: steps per second}}}
+ON_POLICY = ("pqn", "ppo")  # they have games side by side, and no batch size
 GAMES = {"ALE": "ALE/Pong-v5", "MinAtar": "MinAtar/Breakout-v1"}
 
 
@@ -54,22 +55,41 @@ def measure(item: Run, known: dict):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speeds.json"
         words = ["--agents", agent, "--games", GAMES[games], "--network", network, "--batch-sizes", "8", "32"]
-        words += ["--rounds", "5", "--seconds", "2", "--threads", "1", "--no-sb3", "--out", str(out)]
+        words += [
+            "--num-envs",
+            "8",
+            "32",
+            "--rounds",
+            "5",
+            "--seconds",
+            "2",
+            "--threads",
+            "1",
+            "--no-sb3",
+            "--out",
+            str(out),
+        ]
         script = str(ROOT / "benchmarks" / "speed.py")
         subprocess.run([sys.executable, script, *words], check=True, stdout=subprocess.DEVNULL)
         results = json.loads(out.read_text())["results"]
-    known[games][name] = {str(row["batch_size"]): sorted(row["speeds"]["ours"])[2] for row in results}
+    sizes = [row.get("num_envs") or row["batch_size"] for row in results]
+    speeds = [sorted(row["speeds"]["ours"])[2] for row in results]
+    known[games][name] = {str(size): speed for size, speed in zip(sizes, speeds, strict=True)}
     KNOWN.parent.mkdir(exist_ok=True)
     KNOWN.write_text(json.dumps(known, indent=2))
 
 
 def hours_of(item, known: dict) -> float | None:
-    """Hours on one core: the time of a step grows linearly with the batch. None if the agent has had no trial."""
+    """Hours on one core: the time of a step grows linearly with the batch; with more than 32 games it stays the same.
+
+    None if the agent has had no trial.
+    """
     if not isinstance(item, Run):
         return 0.0
     games, name = place_of(item)
     if name not in known.get(games, {}):
         return None
     small, usual = (1 / known[games][name][size] for size in ("8", "32"))  # seconds a step
-    batch_size = dict(item.flags).get("batch_size", 32)
+    flags = dict(item.flags)
+    batch_size = min(flags.get("num_envs", 8), 32) if item.agent in ON_POLICY else flags.get("batch_size", 32)
     return item.steps * (small + (usual - small) * (batch_size - 8) / 24) / 3600

@@ -488,6 +488,17 @@ def test_hours_by_hand(monkeypatch):
     assert hours["qrdqn", 8] is None
 
 
+def test_hours_of_games_side_by_side():
+    """By their number, of 1,000 and 4,000 steps per second with 8 and 32; 128 are taken to be as fast as 32."""
+    known = {"MinAtar": {"ppo dopamine": {"8": 1000.0, "32": 4000.0}}}
+    hours = {}
+    for run in runs_of("parallel", "minatar"):
+        hours[run.agent, dict(run.flags).get("num_envs", 8)] = speeds.hours_of(run, known)
+    assert hours["ppo", 8] == pytest.approx(1_000_000 / 1000 / 3600)
+    assert hours["ppo", 32] == hours["ppo", 128] == pytest.approx(1_000_000 / 4000 / 3600)
+    assert hours["pqn", 8] is None
+
+
 def test_the_list(capsys):
     speeds.list_figures("minatar", trial=False)
     lines = capsys.readouterr().out.splitlines()
