@@ -221,7 +221,7 @@ def measures(panels: list[Panel], columns: int) -> Figure:
 
 
 def measures_table(panels: list[Panel]) -> Iterator[str]:
-    """The last scores and measures as a Markdown table: IQM and interval of each."""
+    """The last scores and the measures' means over the second half, as a Markdown table: IQM and interval."""
     names = ["score", *MEASURES.values()]
     yield f"| agent | games x steps | runs | {' | '.join(names)} |"
     yield "|-" * (len(names) + 3) + "|"
@@ -229,7 +229,10 @@ def measures_table(panels: list[Panel]) -> Iterator[str]:
     for panel in panels:
         for group in panel.groups:
             lines = [group.strata(panel.study.scored)]
-            lines += [[rows[:, -1] for rows in measured(panel, group, measure)[1]] for measure in MEASURES]
+            for measure in MEASURES:
+                across, strata = measured(panel, group, measure)
+                late = across > panel.study.frames[-1] / 2
+                lines.append([rows[:, late].mean(axis=1) for rows in strata])
             cells = []
             for strata in lines:
                 if not strata:

@@ -36,7 +36,10 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return dict(self.flags)["total_timesteps"]
+        """Agent steps; of agents without a replay those of whole roll-outs."""
+        flags = defaults_of(self.agent) | dict(self.flags)
+        rollout = flags.get("num_envs", 1) * flags.get("num_steps", 1)
+        return flags["total_timesteps"] // rollout * rollout
 
     @property
     def kind(self) -> tuple:
