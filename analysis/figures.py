@@ -40,6 +40,13 @@ DIAGNOSTICS = {
     "diagnostics/representation_norm": "representation norm",
     "diagnostics/srank": "srank",
     "diagnostics/dormant_neurons": "dormant neurons (share)",
+    # of agents without a replay
+    "diagnostics/feature_rank": "feature rank",
+    "diagnostics/weight_norm": "weight norm",
+    "diagnostics/gradient_kurtosis": "gradient kurtosis",
+    "diagnostics/policy_variance": "policy variance",
+    "diagnostics/churn": "churn",
+    "diagnostics/effective_sample_size": "effective sample size",
 }
 
 
@@ -62,8 +69,7 @@ def draw(results: Results) -> Iterator[tuple[str, str, Figure]]:
             values = {group.key[number] for group in results.study.groups}
             if len(values) > 1 and all(isinstance(x, int | float) and not isinstance(x, bool) for x in values):
                 yield f"sweep_{name}", f"IQM against {name.replace('_', ' ')}", sweep(results, number)
-        runs = [run for group in results.study.groups for found in group.runs.values() for run in found]
-        if all(any(run.series.get(tag) is not None for run in runs) for tag in DIAGNOSTICS):
+        if logged(results):
             yield "diagnostics", "Diagnostics", diagnostics(results)
 
 
@@ -280,10 +286,17 @@ def sweep(results: Results, number: int) -> Figure:
     return figure
 
 
+def logged(results: Results) -> list[str]:
+    """The diagnostics that some run has."""
+    runs = [run for group in results.study.groups for found in group.runs.values() for run in found]
+    return [tag for tag in DIAGNOSTICS if any(tag in run.series for run in runs)]
+
+
 def diagnostics(results: Results) -> Figure:
-    """Returns and the five diagnostics, a row for each game, mean of the seeds."""
+    """Returns and diagnostics, a row for each game, mean of the seeds."""
     study = results.study
-    columns = ["return", *DIAGNOSTICS.values()]
+    tags = logged(results)
+    columns = ["return", *[DIAGNOSTICS[tag] for tag in tags]]
     figure = Figure(figsize=(2.1 * len(columns), 0.9 + 1.6 * len(study.games)))
     panels = figure.subplots(len(study.games), len(columns), squeeze=False, sharex=True)
     scale, unit = frames_unit(study.frames)
@@ -296,7 +309,7 @@ def diagnostics(results: Results) -> Figure:
             for group in reversed(results.ordered):
                 line = _line(results, group) | {"linewidth": 1.1}
                 row[0].plot(study.frames / scale, group.raw[game].mean(axis=0), **line)
-                for axes, tag in zip(row[1:], DIAGNOSTICS, strict=True):
+                for axes, tag in zip(row[1:], tags, strict=True):
                     frames, values = mean_series(group.runs[game], tag, study.frames[-1])
                     axes.plot(frames / scale, values, **line)
             row[0].set_ylabel(game.removeprefix("MinAtar/"), fontsize=8)
@@ -304,7 +317,7 @@ def diagnostics(results: Results) -> Figure:
                 axes.tick_params(labelsize=6)
         for axes, title in zip(panels[0], columns, strict=True):
             axes.set_title(title, fontsize=8)
-        for tag, axes in zip(["return", *DIAGNOSTICS], panels[0], strict=True):
+        for tag, axes in zip(["return", *tags], panels[0], strict=True):
             if tag in ("diagnostics/loss_variance", "diagnostics/gradient_norm"):
                 for lower in panels[:, list(panels[0]).index(axes)]:
                     if not any((line.get_ydata() > 0).any() for line in lower.lines):

@@ -12,7 +12,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_args, name_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -670,6 +670,23 @@ def test_runs_that_end_before_their_first_report(tmp_path):
     figure = figures.diagnostics(made)
     figure.savefig(tmp_path / "figure.png")
     assert {axes.get_yscale() for axes in figure.axes} == {"linear"}
+
+
+def test_runs_without_a_replay(on_policy):
+    """Grouped by the shape of their roll-outs where it varies; a column for each of their diagnostics."""
+    found = []
+    for num_envs, seed in ((1, 1), (1, 2), (3, 1), (3, 2)):
+        flags = {"num_envs": num_envs, "num_steps": 24 // num_envs, "seed": seed, "diagnostics_frequency": 24}
+        folder = on_policy.train(make_args(on_policy, total_timesteps=720, **flags))
+        found.append(scores.run_of(runs.read_folder(folder, None), 240, False))
+    by = command.default_grouping(found, from_tables=False)
+    assert by == ["agent", "num_envs", "num_steps"]
+    assert command.default_grouping(found[:2], from_tables=False) == ["agent"]
+    made = results.compute(scores.make_study(found, by, "none"), None, 50, np.random.default_rng(0))
+    titles = [axes.get_title() for axes in figures.diagnostics(made).axes]
+    assert titles[:4] == ["return", "srank", "dormant neurons (share)", "feature rank"]
+    assert ("effective sample size" in titles) == (name_of(on_policy) == "ppo")
+    assert "variance of the loss" not in titles
 
 
 def test_a_folder_of_others_is_not_overwritten(no_figures, folders, tmp_path, monkeypatch, capsys, refused):
