@@ -9,7 +9,7 @@ Read after pqn.py; differs in (1) the network is a policy and a value, the games
 (2) advantages by GAE instead of Q(lambda) returns, (3) the clipped loss, (4) Adam, and no LayerNorm. Departs from
 CleanRL's as pqn.py does.
 
-400 million frames, as the study of parallel data ("The impact of on-policy parallelized data collection on deep
+400 million frames, as in the study of parallel data ("The impact of on-policy parallelized data collection on deep
 reinforcement learning networks", 2025):
     python agents/ppo.py --env-id ALE/Pong-v5
 
@@ -90,8 +90,9 @@ class Args:
     def __post_init__(self):
         check_flags(self, max_grad_norm=(0, 1e6), vf_coef=(0, 1e6))
         batch_steps = self.num_envs * self.num_steps
-        if batch_steps % self.num_minibatches:
-            fail(f"--num-minibatches is {self.num_minibatches}: it must divide --num-envs times --num-steps.")
+        parts = self.num_minibatches
+        if batch_steps % parts or batch_steps == parts:  # one row has no deviation
+            fail(f"--num-minibatches is {parts}: it must divide --num-envs times --num-steps, and be less.")
         if batch_steps > self.total_timesteps:
             fail(f"--total-timesteps is {self.total_timesteps}: one roll-out has {batch_steps}.")
 
@@ -248,6 +249,7 @@ def train(args: Args) -> Path:
         # ---- evaluate
         if finished or is_due(args.eval_frequency, global_step, batch_steps):  # an interrupted one is made again
             evaluate(args, make_env(args), network, global_step, device, folder, writer)
+            stopping = bool(STOPPED_BY)
         if finished or stopping:
             break
         began = time.monotonic()
@@ -319,6 +321,7 @@ def train(args: Args) -> Path:
         finished = global_step == last_step
         stopping = bool(STOPPED_BY)
         due = is_due(args.checkpoint_frequency, global_step, batch_steps)
+        due = due or is_due(args.eval_frequency, global_step, batch_steps)  # it may be interrupted
         if args.checkpoint_frequency and (finished or stopping or due):
             state = {name: part.state_dict() for name, part in parts.items()}
             state["random"] = random_states(rng)

@@ -8,9 +8,10 @@
 Read after dqn.py; differs in (1) data comes from many games at once, is used at once and thrown away, (2) Q(lambda)
 returns of a roll-out, (3) LayerNorm, which keeps such updates stable, (4) several epochs over a roll-out, in
 minibatches, (5) RAdam, an annealed step size and a clipped gradient. Departs from CleanRL's in that a game that is cut
-off is bootstrapped from its own last observation, and in that no step is lost between two games.
+off is bootstrapped from its own last observation, no step is lost between two games, and no return crosses their end.
 
-400 million frames, as CleanRL and the study of parallel data (Mayor et al., 2025):
+400 million frames, as in the study of parallel data ("The impact of on-policy parallelized data collection on deep
+reinforcement learning networks", 2025):
     python agents/pqn.py --env-id ALE/Pong-v5
 
 A minute on a CPU:
@@ -200,6 +201,7 @@ def train(args: Args) -> Path:
         # ---- evaluate
         if finished or is_due(args.eval_frequency, global_step, batch_steps):  # an interrupted one is made again
             evaluate(args, make_env(args), q_network, global_step, device, folder, writer)
+            stopping = bool(STOPPED_BY)
         if finished or stopping:
             break
         began = time.monotonic()
@@ -267,6 +269,7 @@ def train(args: Args) -> Path:
         finished = global_step == last_step
         stopping = bool(STOPPED_BY)
         due = is_due(args.checkpoint_frequency, global_step, batch_steps)
+        due = due or is_due(args.eval_frequency, global_step, batch_steps)  # it may be interrupted
         if args.checkpoint_frequency and (finished or stopping or due):
             state = {name: part.state_dict() for name, part in parts.items()}
             state["random"] = random_states(rng)

@@ -479,6 +479,8 @@ def test_the_same_seed_is_the_same_run(on_policy):
 def test_minibatches_must_divide_the_rollout(on_policy, refused):
     error = refused(make_args, on_policy, num_minibatches=5)
     assert "--num-minibatches is 5" in error
+    if name_of(on_policy) == "ppo":  # whose advantages have no deviation then
+        assert "--num-minibatches is 24" in refused(make_args, on_policy, num_minibatches=24)
     error = refused(make_args, on_policy, total_timesteps=23)
     assert "--total-timesteps is 23" in error
 
@@ -604,6 +606,17 @@ def test_measures_are_logged_when_due_and_do_not_disturb_the_run(on_policy):
     assert saved["features"].shape == (24, 128)
 
 
+def test_measures_have_as_many_rows_whatever_the_rollout(on_policy, monkeypatch):
+    rows = []
+    real = on_policy.diagnose_rollout
+    monkeypatch.setattr(on_policy, "diagnose_rollout", lambda *args: rows.append(args[1]) or real(*args))
+    flags = {"num_envs": 4, "num_steps": 300, "total_timesteps": 2_400, "update_epochs": 1}
+    folder = on_policy.train(make_args(on_policy, **flags, diagnostics_frequency=1_200, save_features=True))
+    assert [len(obs) for obs in rows] == [1_024, 1_024]
+    assert not torch.equal(rows[0], rows[1])
+    assert len(np.load(folder / "features" / "1200.npz")["obs"]) == 200
+
+
 def test_the_measures_of_ppo_are_of_before_and_after_a_rollout(ppo, monkeypatch):
     """Ratios of the policy after the epochs to the one that played; churn between the same two."""
     seen = []
@@ -685,13 +698,24 @@ def test_stopped_and_resumed(on_policy, kind):
     check_same(whole, folder)
 
 
-def test_stopped_in_the_last_evaluation(on_policy):
-    flags = {"eval_episodes": 2}
+def test_an_evaluation_is_made_anew(on_policy):
+    """The one in the middle, which no checkpoint falls due beside, and the last."""
+    flags = {"eval_episodes": 2, "eval_frequency": 40}
     whole = on_policy.train(make_args(on_policy, **flags)).absolute()
     folder = stopped(on_policy, make_args(on_policy, **flags), stop_in_call, on_policy, "reset", 2)
+    assert contents(folder)["/global_step"] == 48
+    stopped(on_policy, make_args(on_policy, resume=str(folder), **flags), stop_in_call, on_policy, "reset", 4)
     assert contents(folder)["/global_step"] == 96
-    assert "eval/episodic_return" not in logged(folder)
+    assert [step for step, _ in logged(folder)["eval/episodic_return"]] == [48]
     on_policy.train(make_args(on_policy, resume=str(folder), **flags))
+    check_same(whole, folder)
+
+
+def test_separate_networks_are_resumed(ppo):
+    flags = {"separate_networks": True, "diagnostics_frequency": 24}
+    whole = ppo.train(make_args(ppo, **flags)).absolute()
+    folder = stopped(ppo, make_args(ppo, **flags), stop_in_call, ppo.Games, "step", 9)
+    ppo.train(make_args(ppo, resume=str(folder), **flags))
     check_same(whole, folder)
 
 
