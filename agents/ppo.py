@@ -3,14 +3,13 @@
 # dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "ale-py==0.12.1", "minatar==1.0.15", "stable-baselines3==2.9.2",
 #   "tyro==1.0.17", "numpy==2.4.6", "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2"]
 # ///
-"""PPO, proximal policy optimisation (Schulman et al., 2017): an actor and its critic learn from its own games.
+"""PPO, proximal policy optimisation (Schulman et al., 2017): an actor and a critic learn from the actor's games.
 
 Read after pqn.py; differs in (1) the network is a policy and a value, the games are played by drawing from the policy,
-(2) advantages by GAE instead of Q(lambda) returns, (3) the clipped loss, (4) Adam, and no LayerNorm. Departs from
-CleanRL's as pqn.py does.
+(2) advantages by GAE instead of Q(lambda) returns, (3) the clipped loss, (4) Adam, and no LayerNorm. Departs from the
+paper as CleanRL does (the value's loss is clipped, advantages are normalised), and from CleanRL's as pqn.py does.
 
-400 million frames, as in the study of parallel data ("The impact of on-policy parallelized data collection on deep
-reinforcement learning networks", 2025):
+400 million frames, as the study of parallel data (Mayor et al., 2025):
     python agents/ppo.py --env-id ALE/Pong-v5
 
 A minute on a CPU:
@@ -82,17 +81,17 @@ class Args:
     # ---- algorithm
     gae_lambda: float = 0.95  # weight of the longer returns in an advantage
     clip_coef: float = 0.1  # how far a loss lets ratios move from 1, and values from the old ones
-    ent_coef: float = 0.01  # weight of the entropy
+    ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value's loss
-    target_kl: float | None = None  # end the epochs once the policy has moved so far (none: never)
+    target_kl: float | None = None  # approximate KL divergence that ends the epochs (none: never)
     separate_networks: bool = False  # a torso each for policy and value
 
     def __post_init__(self):
         check_flags(self, max_grad_norm=(0, 1e6), vf_coef=(0, 1e6))
         batch_steps = self.num_envs * self.num_steps
-        parts = self.num_minibatches
-        if batch_steps % parts or batch_steps == parts:  # one row has no deviation
-            fail(f"--num-minibatches is {parts}: it must divide --num-envs times --num-steps, and be less.")
+        pieces = self.num_minibatches
+        if batch_steps % pieces or batch_steps == pieces:  # one row has no deviation
+            fail(f"--num-minibatches is {pieces}: it must divide --num-envs times --num-steps, and be less.")
         if batch_steps > self.total_timesteps:
             fail(f"--total-timesteps is {self.total_timesteps}: one roll-out has {batch_steps}.")
 
@@ -103,41 +102,41 @@ class Experience(NamedTuple):
 
     obs: Tensor  # (4, 84, 84) bytes, or MinAtar's (10, 10, channels)
     actions: Tensor  # int64
-    log_probs: Tensor  # of the actions, when they were drawn
-    values: Tensor  # then, too
+    log_probs: Tensor  # log pi(a | s) when they were drawn
+    values: Tensor  # V(s) then
     advantages: Tensor
-    returns: Tensor  # what the values should have been
+    returns: Tensor  # advantages + values
 
 
 class ActorCritic(nn.Module):
-    """From observations to a policy's logits, (batch, actions), and values, (batch,)."""
+    """From observations to policies, of (batch, actions), and values, (batch,)."""
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, args: Args):
         super().__init__()
         self.convolutions, self.dense, width = make_torso(obs_shape, layer_norm=False)
-        self.critic = None  # its own torso
+        self.critic_torso = None  # shared
         if args.separate_networks:
-            self.critic = nn.Sequential(*make_torso(obs_shape, layer_norm=False)[:2])
+            self.critic_torso = nn.Sequential(*make_torso(obs_shape, layer_norm=False)[:2])
         self.head = nn.Linear(width, num_actions)
         self.value = nn.Linear(width, 1)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.orthogonal_(layer.weight, math.sqrt(2))
                 nn.init.zeros_(layer.bias)
-        nn.init.orthogonal_(self.head.weight, 0.01)  # all actions equally likely at first
+        nn.init.orthogonal_(self.head.weight, 0.01)  # nearly equal probabilities at first
         nn.init.orthogonal_(self.value.weight, 1)
 
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, obs: Tensor) -> tuple[Categorical, Tensor]:
         features = self.dense(self.convolutions(obs))
-        logits = self.head(features)
-        if self.critic is not None:
-            features = self.critic(obs)
-        return logits, self.value(features)[:, 0]
+        policy = Categorical(logits=self.head(features), validate_args=False)  # to validate would wait for the GPU
+        if self.critic_torso is not None:
+            features = self.critic_torso(obs)
+        return policy, self.value(features)[:, 0]
 
     def q_values(self, obs: Tensor) -> Tensor:
         """Logits with Gumbel noise: their largest is a draw from the policy, so that `act` plays it."""
-        logits, _ = self(obs)
-        return logits - torch.empty_like(logits).exponential_().log()
+        policy, _ = self(obs)
+        return policy.logits - torch.empty_like(policy.logits).exponential_().log()
 
 
 @torch.inference_mode()
@@ -150,24 +149,21 @@ def act(q_network: nn.Module, obs: np.ndarray, epsilon: float, num_actions: int,
 
 
 @torch.no_grad()
-def look(network: nn.Module, obs: Tensor):
-    """What the network makes of an observation of every game."""
+def predict(network: nn.Module, obs: Tensor):
+    """The network's output, without a graph."""
     return network(obs)
 
 
-def gae(rewards: Tensor, values: Tensor, terminations: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+def gae(rewards: Tensor, discounts: Tensor, values: Tensor, gae_lambda: float) -> Tensor:
     """A_t = delta_t + gamma lambda A_{t+1}, all (steps, games): Schulman et al., 2016, eq. 16.
 
     values are V(s_t), (steps + 1, games), and delta_t = r_t + gamma V(s_{t+1}) - V(s_t).
     """
-    discounts = gamma * ~terminations
     deltas = rewards + discounts * values[1:] - values[:-1]
-    advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[0])
+    advantages = torch.zeros_like(values)  # the last one stays 0
     for step in reversed(range(len(rewards))):
-        following = deltas[step] + discounts[step] * gae_lambda * following
-        advantages[step] = following
-    return advantages
+        advantages[step] = deltas[step] + discounts[step] * gae_lambda * advantages[step + 1]
+    return advantages[:-1]
 
 
 def policy_loss(ratios: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
@@ -177,15 +173,14 @@ def policy_loss(ratios: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
 
 
 def value_loss(values: Tensor, batch: Experience, clip_coef: float) -> Tensor:
-    """The larger of two squared errors, halved, (batch,): of the values, and of those held near the old ones."""
-    held = batch.values + (values - batch.values).clamp(-clip_coef, clip_coef)
-    return torch.maximum((values - batch.returns) ** 2, (held - batch.returns) ** 2) / 2
+    """The larger squared error of the values and of those clipped around the old ones, halved, (batch,): CleanRL's."""
+    clipped = batch.values + (values - batch.values).clamp(-clip_coef, clip_coef)
+    return torch.maximum((values - batch.returns) ** 2, (clipped - batch.returns) ** 2) / 2
 
 
 def ppo_loss(network: ActorCritic, batch: Experience, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The whole loss (eq. 9), and its parts for the log."""
-    logits, values = network(batch.obs)
-    policy = Categorical(logits=logits, validate_args=False)
+    """Eq. 9, negated, as a mean over the batch; and its parts for the log."""
+    policy, values = network(batch.obs)
     log_ratios = policy.log_prob(batch.actions) - batch.log_probs
     ratios = log_ratios.exp()
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
@@ -198,7 +193,7 @@ def ppo_loss(network: ActorCritic, batch: Experience, args: Args) -> tuple[Tenso
         "policy_loss": policy_term,
         "value_loss": value_term,
         "entropy": entropy,
-        "approx_kl": (ratios - 1 - log_ratios).mean(),
+        "approx_kl": (ratios - 1 - log_ratios).mean(),  # Schulman, 2020: k3
         "clipfrac": ((ratios - 1).abs() > args.clip_coef).float().mean(),
     }
 
@@ -220,17 +215,15 @@ def train(args: Args) -> Path:
     batch_steps = args.num_envs * args.num_steps
     shape = (args.num_steps, args.num_envs)
     observations = torch.zeros(batch_steps, *obs_space.shape, dtype=torch.from_numpy(games.obs).dtype, device=device)
-    observations = observations.to(memory_format=torch.channels_last).unflatten(0, shape)  # as the network's weights
+    observations = observations.to(memory_format=torch.channels_last).unflatten(0, shape)  # ALE: as the weights
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     rewards = torch.zeros(shape, device=device)
     log_probs = torch.zeros(shape, device=device)
     values = torch.zeros(args.num_steps + 1, args.num_envs, device=device)
-    terminations = torch.zeros(shape, dtype=torch.bool, device=device)
+    discounts = torch.zeros(shape, device=device)  # gamma, or 0 where a return ends
 
-    last_step = args.total_timesteps // batch_steps * batch_steps
+    last_step = args.total_timesteps // batch_steps * batch_steps  # whole roll-outs only
     global_step = 0  # agent steps so far, of all games together
-    finished = False
-    stopping = False  # at once, by a signal
     last_return = math.nan  # of the game that ended last
 
     folder = make_run_folder(args, device)
@@ -239,18 +232,26 @@ def train(args: Args) -> Path:
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, args, parts, rng)
         global_step = state["global_step"]
-        finished = global_step == last_step
     writer = make_writer(folder, args, global_step)
+
+    def save_checkpoint():
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state["random"] = random_states(rng)
+        state["args"] = asdict(args)
+        state["global_step"] = global_step
+        writer.flush()
+        save(checkpoint, state)
 
     print(f"run folder: {folder} ({device})", flush=True)
     bar = make_bar(args, global_step)
 
     while True:
         # ---- evaluate
-        if finished or is_due(args.eval_frequency, global_step, batch_steps):  # an interrupted one is made again
+        finished = global_step == last_step
+        due = is_due(args.eval_frequency, global_step, batch_steps)
+        if finished or due:  # first, so that an interrupted one is made again
             evaluate(args, make_env(args), network, global_step, device, folder, writer)
-            stopping = bool(STOPPED_BY)
-        if finished or stopping:
+        if finished or STOPPED_BY:
             break
         began = time.monotonic()
         if args.anneal_lr:
@@ -260,33 +261,32 @@ def train(args: Args) -> Path:
         for step in range(args.num_steps):
             global_step += args.num_envs
             observations[step] = torch.from_numpy(games.obs)
-            logits, values[step] = look(network, observations[step])
-            policy = Categorical(logits=logits, validate_args=False)
+            policy, values[step] = predict(network, observations[step])
             actions[step] = policy.sample()
             log_probs[step] = policy.log_prob(actions[step])
 
-            next_obs, raw_rewards, terminated, truncated, scores = games.step(actions[step].cpu().numpy())
-            rewards[step] = torch.from_numpy(np.clip(raw_rewards, -1, 1))
-            terminations[step] = torch.from_numpy(terminated | truncated)
-            if truncated.any():  # what would have followed counts as reward
-                _, last_values = look(network, torch.from_numpy(next_obs).to(device))
-                rewards[step] += args.gamma * last_values * torch.from_numpy(truncated & ~terminated).to(device)
-            for last_return, length in scores:
+            next_obs, raw_rewards, terminations, truncations, ended_games = games.step(actions[step].cpu().numpy())
+            rewards[step] = torch.from_numpy(np.clip(raw_rewards, -1, 1))  # as in dqn.py
+            discounts[step] = args.gamma * torch.from_numpy(~(terminations | truncations))
+            if truncations.any():  # bootstrap from the game's own last observation, by way of its reward
+                _, final_values = predict(network, torch.from_numpy(next_obs).to(device))
+                rewards[step] += args.gamma * final_values * torch.from_numpy(truncations & ~terminations).to(device)
+            for last_return, length in ended_games:
                 writer.add_scalar("charts/episodic_return", last_return, global_step)
                 writer.add_scalar("charts/episodic_length", length, global_step)
             bar.update(args.num_envs)
-        _, values[-1] = look(network, torch.from_numpy(games.obs).to(device))
+        _, values[-1] = predict(network, torch.from_numpy(games.obs).to(device))
 
         # ---- learn
-        advantages = gae(rewards, values, terminations, args.gamma, args.gae_lambda)
+        advantages = gae(rewards, discounts, values, args.gae_lambda)
         returns = advantages + values[:-1]
         fields = [observations, actions, log_probs, values[:-1], advantages, returns]
         batch = [field.flatten(0, 1) for field in fields]
-        diagnoses = is_due(args.diagnostics_frequency, global_step, batch_steps)
-        if diagnoses:
+        diagnosing = is_due(args.diagnostics_frequency, global_step, batch_steps)
+        if diagnosing:
             rows = np.random.default_rng(global_step).permutation(batch_steps)[:1_024]
             probe = Experience(*[field[rows] for field in batch])
-            old_policy = look(network, probe.obs)[0].softmax(dim=1)
+            old_policy, _ = predict(network, probe.obs)
         for _ in range(args.update_epochs):
             order = torch.randperm(batch_steps, device=device)
             for rows in order.chunk(args.num_minibatches):
@@ -306,10 +306,10 @@ def train(args: Args) -> Path:
         writer.add_scalar("losses/values", values.mean(), global_step)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("charts/SPS", batch_steps / (time.monotonic() - began), global_step)
-        if diagnoses:
+        if diagnosing:
             loss, _ = ppo_loss(network, probe, args)
-            policy = Categorical(logits=look(network, probe.obs)[0])
-            report = diagnose_rollout(network, probe.obs, old_policy, policy.probs, loss)
+            policy, _ = predict(network, probe.obs)
+            report = diagnose_rollout(network, probe.obs, old_policy.probs, policy.probs, loss)
             log_ratios = policy.log_prob(probe.actions) - probe.log_probs
             report["diagnostics/effective_sample_size"] = effective_sample_size(log_ratios)
             for tag, value in report.items():
@@ -318,18 +318,12 @@ def train(args: Args) -> Path:
                 save_features(folder, network, probe.obs[:200], global_step)
 
         # ---- checkpoint
-        finished = global_step == last_step
-        stopping = bool(STOPPED_BY)
-        due = is_due(args.checkpoint_frequency, global_step, batch_steps)
-        due = due or is_due(args.eval_frequency, global_step, batch_steps)  # it may be interrupted
-        if args.checkpoint_frequency and (finished or stopping or due):
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state["random"] = random_states(rng)
-            state["args"] = asdict(args)
-            state["global_step"] = global_step
-            writer.flush()
-            save(checkpoint, state)
+        last = global_step == last_step
+        if args.checkpoint_frequency and (last or is_due(args.checkpoint_frequency, global_step, batch_steps)):
+            save_checkpoint()
 
+    if STOPPED_BY and args.checkpoint_frequency:
+        save_checkpoint()
     bar.close()
     writer.close()
     finish(folder, global_step)
@@ -400,21 +394,21 @@ def reset(envs, seed: int, stream: int, episode: int) -> np.ndarray:
 
 
 class Games:
-    """Games side by side, each of its own seed and length. One that ended is reset alone: no step is an autoreset."""
+    """Games side by side, each of its own seed and length. One that ended is reset alone: no step is an autoreset's."""
 
     def __init__(self, args: Args):
         self.envs = make_env(args, args.num_envs)
         self.seed = args.seed
         self.lost_life_ends_return = args.lost_life_ends_return
-        self.numbers = np.arange(args.num_envs)  # of the games that are being played
-        self.actions = [[] for _ in self.numbers]  # theirs
-        self.returns = np.zeros(args.num_envs)  # raw rewards
+        self.numbers = np.arange(args.num_envs)  # of the game in each place
+        self.actions = [[] for _ in self.numbers]  # of these games
+        self.returns = np.zeros(args.num_envs)  # their raw rewards so far
         self.lives = np.zeros(args.num_envs)
         self.reset(np.ones(args.num_envs, bool))
 
     def reset(self, which: np.ndarray):
-        """Show the first observations of the games in these places, (games,) of bool."""
-        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32, and no two games' the same for long
+        """Start the games of the places, (games,), that are true."""
+        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32; a run's meet the next one's after a million
         if isinstance(self.envs, gym.vector.SyncVectorEnv):
             seeds = seeds.tolist()
             for place in np.flatnonzero(which):
@@ -426,27 +420,27 @@ class Games:
         self.lives = infos.get("lives", self.lives)
 
     def step(self, actions: np.ndarray) -> tuple:
-        """Return next observations, raw rewards, terminations, truncations, (games, ...) each, and games that ended."""
+        """Return next_obs (a game's last where it ends), raw rewards, terminations, truncations, and ended games."""
         next_obs, rewards, terminations, truncations, infos = self.envs.step(actions)
         for played, action in zip(self.actions, actions.tolist(), strict=True):
             played.append(action)
-        self.obs = next_obs
+        self.obs = next_obs  # but of a game that ends, the next one's first
         self.returns += rewards
         lives = infos.get("lives", self.lives)
         lost = lives < self.lives
         self.lives = lives
 
         over = terminations | truncations
-        scores = []  # return and length
+        ended_games = []  # returns and lengths
         for place in np.flatnonzero(over):
-            scores.append((self.returns[place], len(self.actions[place])))
+            ended_games.append((self.returns[place], len(self.actions[place])))
             self.numbers[place] += len(over)
             self.actions[place] = []
         if over.any():
             self.reset(over)
         if self.lost_life_ends_return:
             terminations = terminations | lost
-        return next_obs, rewards, terminations, truncations, scores
+        return next_obs, rewards, terminations, truncations, ended_games
 
     def state_dict(self) -> dict:
         return {"numbers": self.numbers.tolist(), "actions": self.actions}
@@ -456,7 +450,7 @@ class Games:
         self.numbers = np.array(state["numbers"])
         self.actions = state["actions"]
         lengths = np.array([len(played) for played in self.actions])
-        for left in range(lengths.max(), -1, -1):  # steps to where they stood, which all reach together
+        for left in range(lengths.max(), -1, -1):  # steps to go; shorter games start later
             if (lengths == left).any():
                 self.reset(lengths == left)
             if left > 0:
@@ -477,7 +471,7 @@ class Pixels(nn.Module):
 
 
 def make_torso(obs_shape: tuple[int, ...], layer_norm: bool) -> tuple[nn.Sequential, nn.Sequential, int]:
-    """Return convolutions, a dense layer, and its width; `layer_norm` puts one before each ReLU."""
+    """Return convolutions, a dense layer, and its width; `layer_norm` puts a LayerNorm before each ReLU."""
     if obs_shape[:2] == (10, 10):  # MinAtar: Young and Tian, 2019
         side, _, channels = obs_shape
         convolutions = [(16, 3, 1)]  # channels, kernel, stride
@@ -504,15 +498,16 @@ def make_torso(obs_shape: tuple[int, ...], layer_norm: bool) -> tuple[nn.Sequent
 def diagnose_rollout(network, obs: Tensor, old_policy: Tensor, policy: Tensor, loss: Tensor) -> dict[str, float]:
     """Measure the network by some observations of a roll-out, its policy there before and after, and their loss."""
     dormant = []
+    hidden = obs
     with torch.no_grad():
         for layer in [*network.convolutions, *network.dense]:
-            obs = layer(obs)
+            hidden = layer(hidden)
             if isinstance(layer, nn.ReLU):
-                activity = obs.movedim(1, 0).flatten(1).abs().mean(dim=1)  # of every unit or channel
+                activity = hidden.movedim(1, 0).flatten(1).abs().mean(dim=1)  # of every unit or channel
                 dormant.append(activity <= 0.025 * activity.mean())
-        singular_values = torch.linalg.svdvals(obs)  # of the last hidden layer
+        singular_values = torch.linalg.svdvals(hidden)  # of the last hidden layer
     gradients = torch.autograd.grad(loss, list(network.parameters()))
-    gradient = torch.cat([gradient.flatten() for gradient in gradients])
+    gradient = torch.cat([part.flatten() for part in gradients])
     kernels = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     return {
         "diagnostics/feature_rank": rank(singular_values**2),  # Yang et al., 2019
@@ -540,7 +535,7 @@ def kurtosis(gradient: Tensor) -> Tensor:
 
 
 def effective_sample_size(log_ratios: Tensor) -> Tensor:
-    """1 / sum w^2 for w in proportion to new / old, as a share of n (Martino et al., 2017): of log(new / old), (n,)."""
+    """1 / (n sum w^2), w the shares that the ratios have in their sum, (n,): Martino et al., 2017."""
     weights = log_ratios.softmax(dim=0)
     return 1 / (weights.square().sum() * len(weights))
 

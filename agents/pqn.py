@@ -5,13 +5,14 @@
 # ///
 """PQN, parallelised Q-network (Gallici et al., 2024): Q-learning without a replay and without a target network.
 
-Read after dqn.py; differs in (1) data comes from many games at once, is used at once and thrown away, (2) Q(lambda)
-returns of a roll-out, (3) LayerNorm, which keeps such updates stable, (4) several epochs over a roll-out, in
-minibatches, (5) RAdam, an annealed step size and a clipped gradient. Departs from CleanRL's in that a game that is cut
-off is bootstrapped from its own last observation, no step is lost between two games, and no return crosses their end.
+Read after dqn.py; differs in (1) many games side by side, whose data is used as soon as it is there and thrown away,
+(2) Q(lambda) returns, (3) LayerNorm, which keeps such updates stable, (4) epochs of minibatches, (5) RAdam, an annealed
+step size, a clipped gradient, (6) the games: no sticky actions, no-ops at first, a lost life ends the return. Departs
+from CleanRL's in that a game that is cut off is bootstrapped from its own last observation, no step is lost between two
+games, and no return crosses their end.
 
-400 million frames, as in the study of parallel data ("The impact of on-policy parallelized data collection on deep
-reinforcement learning networks", 2025):
+400 million frames, as the study of parallel data, "The impact of on-policy parallelized data collection on deep
+reinforcement learning networks" (Mayor et al., 2025):
     python agents/pqn.py --env-id ALE/Pong-v5
 
 A minute on a CPU:
@@ -82,7 +83,7 @@ class Args:
     end_e: float = 0.01  # share of random actions after the decay
     exploration_fraction: float = 0.1  # share of the run that the decay takes
     # ---- algorithm
-    q_lambda: float = 0.65  # weight of the longer returns
+    q_lambda: float = 0.65  # lambda of the returns (0: one step, 1: to the roll-out's end)
 
     def __post_init__(self):
         check_flags(self, max_grad_norm=(0, 1e6))
@@ -123,8 +124,8 @@ def act(q_network: nn.Module, obs: np.ndarray, epsilon: float, num_actions: int,
 
 
 @torch.no_grad()
-def look(network: nn.Module, obs: Tensor):
-    """What the network makes of an observation of every game."""
+def predict(network: nn.Module, obs: Tensor):
+    """The network's output, without a graph."""
     return network(obs)
 
 
@@ -136,18 +137,16 @@ def epsilon_greedy(q_values: Tensor, epsilon: float, rng) -> np.ndarray:
     return np.where(explores, rng.integers(num_actions, size=games), greedy)
 
 
-def q_lambda_target(rewards, values, terminations, gamma: float, q_lambda: float) -> Tensor:
+def q_lambda_target(rewards: Tensor, discounts: Tensor, values: Tensor, q_lambda: float) -> Tensor:
     """G_t = r_t + gamma (lambda G_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a)), (steps, games): Gallici et al., 2024.
 
-    values are max_a Q(s_t, a), (steps + 1, games); after the last step they stand for all that follows.
+    values are max_a Q(s_t, a), (steps + 1, games); gamma is 0 where a return ends.
     """
-    targets = torch.zeros_like(rewards)
-    following = values[-1]
+    targets = values.clone()  # the last one stands for all that follows
     for step in reversed(range(len(rewards))):
-        mixed = q_lambda * following + (1 - q_lambda) * values[step + 1]
-        following = rewards[step] + gamma * mixed * ~terminations[step]
-        targets[step] = following
-    return targets
+        next_values = q_lambda * targets[step + 1] + (1 - q_lambda) * values[step + 1]
+        targets[step] = rewards[step] + discounts[step] * next_values
+    return targets[:-1]
 
 
 def q_loss(q_network: PQNetwork, obs: Tensor, actions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,16 +172,14 @@ def train(args: Args) -> Path:
     batch_steps = args.num_envs * args.num_steps
     shape = (args.num_steps, args.num_envs)
     observations = torch.zeros(batch_steps, *obs_space.shape, dtype=torch.from_numpy(games.obs).dtype, device=device)
-    observations = observations.to(memory_format=torch.channels_last).unflatten(0, shape)  # as the network's weights
+    observations = observations.to(memory_format=torch.channels_last).unflatten(0, shape)  # ALE: as the weights
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     rewards = torch.zeros(shape, device=device)
     values = torch.zeros(args.num_steps + 1, args.num_envs, device=device)  # max_a Q(s_t, a)
-    terminations = torch.zeros(shape, dtype=torch.bool, device=device)
+    discounts = torch.zeros(shape, device=device)  # gamma, or 0 where a return ends
 
-    last_step = args.total_timesteps // batch_steps * batch_steps
+    last_step = args.total_timesteps // batch_steps * batch_steps  # whole roll-outs only
     global_step = 0  # agent steps so far, of all games together
-    finished = False
-    stopping = False  # at once, by a signal
     last_return = math.nan  # of the game that ended last
 
     folder = make_run_folder(args, device)
@@ -191,18 +188,26 @@ def train(args: Args) -> Path:
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, args, parts, rng)
         global_step = state["global_step"]
-        finished = global_step == last_step
     writer = make_writer(folder, args, global_step)
+
+    def save_checkpoint():
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state["random"] = random_states(rng)
+        state["args"] = asdict(args)
+        state["global_step"] = global_step
+        writer.flush()
+        save(checkpoint, state)
 
     print(f"run folder: {folder} ({device})", flush=True)
     bar = make_bar(args, global_step)
 
     while True:
         # ---- evaluate
-        if finished or is_due(args.eval_frequency, global_step, batch_steps):  # an interrupted one is made again
+        finished = global_step == last_step
+        due = is_due(args.eval_frequency, global_step, batch_steps)
+        if finished or due:  # first, so that an interrupted one is made again
             evaluate(args, make_env(args), q_network, global_step, device, folder, writer)
-            stopping = bool(STOPPED_BY)
-        if finished or stopping:
+        if finished or STOPPED_BY:
             break
         began = time.monotonic()
         if args.anneal_lr:
@@ -211,34 +216,34 @@ def train(args: Args) -> Path:
         # ---- play a roll-out
         for step in range(args.num_steps):
             global_step += args.num_envs
-            share = global_step / (args.exploration_fraction * args.total_timesteps + 1e-9)
-            epsilon = args.start_e + (args.end_e - args.start_e) * min(share, 1)
+            decay = global_step / max(args.exploration_fraction * args.total_timesteps, 1)
+            epsilon = args.start_e + (args.end_e - args.start_e) * min(decay, 1)
             observations[step] = torch.from_numpy(games.obs)
-            q_values = look(q_network, observations[step])
+            q_values = predict(q_network, observations[step])
             values[step] = q_values.max(dim=1).values
             chosen = epsilon_greedy(q_values, epsilon, rng)
             actions[step] = torch.from_numpy(chosen)
 
-            next_obs, raw_rewards, terminated, truncated, scores = games.step(chosen)
-            rewards[step] = torch.from_numpy(np.clip(raw_rewards, -1, 1))
-            terminations[step] = torch.from_numpy(terminated | truncated)
-            if truncated.any():  # what would have followed counts as reward
-                last_values = look(q_network, torch.from_numpy(next_obs).to(device)).max(dim=1).values
-                rewards[step] += args.gamma * last_values * torch.from_numpy(truncated & ~terminated).to(device)
-            for last_return, length in scores:
+            next_obs, raw_rewards, terminations, truncations, ended_games = games.step(chosen)
+            rewards[step] = torch.from_numpy(np.clip(raw_rewards, -1, 1))  # as in dqn.py
+            discounts[step] = args.gamma * torch.from_numpy(~(terminations | truncations))
+            if truncations.any():  # bootstrap from the game's own last observation, by way of its reward
+                final_values = predict(q_network, torch.from_numpy(next_obs).to(device)).max(dim=1).values
+                rewards[step] += args.gamma * final_values * torch.from_numpy(truncations & ~terminations).to(device)
+            for last_return, length in ended_games:
                 writer.add_scalar("charts/episodic_return", last_return, global_step)
                 writer.add_scalar("charts/episodic_length", length, global_step)
             bar.update(args.num_envs)
-        values[-1] = look(q_network, torch.from_numpy(games.obs).to(device)).max(dim=1).values
+        values[-1] = predict(q_network, torch.from_numpy(games.obs).to(device)).max(dim=1).values
 
         # ---- learn
-        targets = q_lambda_target(rewards, values, terminations, args.gamma, args.q_lambda)
+        targets = q_lambda_target(rewards, discounts, values, args.q_lambda)
         batch = [observations.flatten(0, 1), actions.flatten(), targets.flatten()]
-        diagnoses = is_due(args.diagnostics_frequency, global_step, batch_steps)
-        if diagnoses:
+        diagnosing = is_due(args.diagnostics_frequency, global_step, batch_steps)
+        if diagnosing:
             rows = np.random.default_rng(global_step).permutation(batch_steps)[:1_024]
             probe = [field[rows] for field in batch]
-            old_policy = look(q_network, probe[0]).softmax(dim=1)
+            old_policy = predict(q_network, probe[0]).softmax(dim=1)
         for _ in range(args.update_epochs):
             order = torch.randperm(batch_steps, device=device)
             for rows in order.chunk(args.num_minibatches):
@@ -257,8 +262,8 @@ def train(args: Args) -> Path:
         writer.add_scalar("charts/epsilon", epsilon, global_step)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("charts/SPS", batch_steps / (time.monotonic() - began), global_step)
-        if diagnoses:
-            policy = look(q_network, probe[0]).softmax(dim=1)
+        if diagnosing:
+            policy = predict(q_network, probe[0]).softmax(dim=1)
             loss = q_loss(q_network, *probe)[0].mean()
             for tag, value in diagnose_rollout(q_network, probe[0], old_policy, policy, loss).items():
                 writer.add_scalar(tag, value, global_step)
@@ -266,18 +271,12 @@ def train(args: Args) -> Path:
                 save_features(folder, q_network, probe[0][:200], global_step)
 
         # ---- checkpoint
-        finished = global_step == last_step
-        stopping = bool(STOPPED_BY)
-        due = is_due(args.checkpoint_frequency, global_step, batch_steps)
-        due = due or is_due(args.eval_frequency, global_step, batch_steps)  # it may be interrupted
-        if args.checkpoint_frequency and (finished or stopping or due):
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state["random"] = random_states(rng)
-            state["args"] = asdict(args)
-            state["global_step"] = global_step
-            writer.flush()
-            save(checkpoint, state)
+        last = global_step == last_step
+        if args.checkpoint_frequency and (last or is_due(args.checkpoint_frequency, global_step, batch_steps)):
+            save_checkpoint()
 
+    if STOPPED_BY and args.checkpoint_frequency:
+        save_checkpoint()
     bar.close()
     writer.close()
     finish(folder, global_step)
@@ -348,21 +347,21 @@ def reset(envs, seed: int, stream: int, episode: int) -> np.ndarray:
 
 
 class Games:
-    """Games side by side, each of its own seed and length. One that ended is reset alone: no step is an autoreset."""
+    """Games side by side, each of its own seed and length. One that ended is reset alone: no step is an autoreset's."""
 
     def __init__(self, args: Args):
         self.envs = make_env(args, args.num_envs)
         self.seed = args.seed
         self.lost_life_ends_return = args.lost_life_ends_return
-        self.numbers = np.arange(args.num_envs)  # of the games that are being played
-        self.actions = [[] for _ in self.numbers]  # theirs
-        self.returns = np.zeros(args.num_envs)  # raw rewards
+        self.numbers = np.arange(args.num_envs)  # of the game in each place
+        self.actions = [[] for _ in self.numbers]  # of these games
+        self.returns = np.zeros(args.num_envs)  # their raw rewards so far
         self.lives = np.zeros(args.num_envs)
         self.reset(np.ones(args.num_envs, bool))
 
     def reset(self, which: np.ndarray):
-        """Show the first observations of the games in these places, (games,) of bool."""
-        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32, and no two games' the same for long
+        """Start the games of the places, (games,), that are true."""
+        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32; a run's meet the next one's after a million
         if isinstance(self.envs, gym.vector.SyncVectorEnv):
             seeds = seeds.tolist()
             for place in np.flatnonzero(which):
@@ -374,27 +373,27 @@ class Games:
         self.lives = infos.get("lives", self.lives)
 
     def step(self, actions: np.ndarray) -> tuple:
-        """Return next observations, raw rewards, terminations, truncations, (games, ...) each, and games that ended."""
+        """Return next_obs (a game's last where it ends), raw rewards, terminations, truncations, and ended games."""
         next_obs, rewards, terminations, truncations, infos = self.envs.step(actions)
         for played, action in zip(self.actions, actions.tolist(), strict=True):
             played.append(action)
-        self.obs = next_obs
+        self.obs = next_obs  # but of a game that ends, the next one's first
         self.returns += rewards
         lives = infos.get("lives", self.lives)
         lost = lives < self.lives
         self.lives = lives
 
         over = terminations | truncations
-        scores = []  # return and length
+        ended_games = []  # returns and lengths
         for place in np.flatnonzero(over):
-            scores.append((self.returns[place], len(self.actions[place])))
+            ended_games.append((self.returns[place], len(self.actions[place])))
             self.numbers[place] += len(over)
             self.actions[place] = []
         if over.any():
             self.reset(over)
         if self.lost_life_ends_return:
             terminations = terminations | lost
-        return next_obs, rewards, terminations, truncations, scores
+        return next_obs, rewards, terminations, truncations, ended_games
 
     def state_dict(self) -> dict:
         return {"numbers": self.numbers.tolist(), "actions": self.actions}
@@ -404,7 +403,7 @@ class Games:
         self.numbers = np.array(state["numbers"])
         self.actions = state["actions"]
         lengths = np.array([len(played) for played in self.actions])
-        for left in range(lengths.max(), -1, -1):  # steps to where they stood, which all reach together
+        for left in range(lengths.max(), -1, -1):  # steps to go; shorter games start later
             if (lengths == left).any():
                 self.reset(lengths == left)
             if left > 0:
@@ -425,7 +424,7 @@ class Pixels(nn.Module):
 
 
 def make_torso(obs_shape: tuple[int, ...], layer_norm: bool) -> tuple[nn.Sequential, nn.Sequential, int]:
-    """Return convolutions, a dense layer, and its width; `layer_norm` puts one before each ReLU."""
+    """Return convolutions, a dense layer, and its width; `layer_norm` puts a LayerNorm before each ReLU."""
     if obs_shape[:2] == (10, 10):  # MinAtar: Young and Tian, 2019
         side, _, channels = obs_shape
         convolutions = [(16, 3, 1)]  # channels, kernel, stride
@@ -452,15 +451,16 @@ def make_torso(obs_shape: tuple[int, ...], layer_norm: bool) -> tuple[nn.Sequent
 def diagnose_rollout(network, obs: Tensor, old_policy: Tensor, policy: Tensor, loss: Tensor) -> dict[str, float]:
     """Measure the network by some observations of a roll-out, its policy there before and after, and their loss."""
     dormant = []
+    hidden = obs
     with torch.no_grad():
         for layer in [*network.convolutions, *network.dense]:
-            obs = layer(obs)
+            hidden = layer(hidden)
             if isinstance(layer, nn.ReLU):
-                activity = obs.movedim(1, 0).flatten(1).abs().mean(dim=1)  # of every unit or channel
+                activity = hidden.movedim(1, 0).flatten(1).abs().mean(dim=1)  # of every unit or channel
                 dormant.append(activity <= 0.025 * activity.mean())
-        singular_values = torch.linalg.svdvals(obs)  # of the last hidden layer
+        singular_values = torch.linalg.svdvals(hidden)  # of the last hidden layer
     gradients = torch.autograd.grad(loss, list(network.parameters()))
-    gradient = torch.cat([gradient.flatten() for gradient in gradients])
+    gradient = torch.cat([part.flatten() for part in gradients])
     kernels = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     return {
         "diagnostics/feature_rank": rank(singular_values**2),  # Yang et al., 2019

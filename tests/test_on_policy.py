@@ -21,6 +21,7 @@ from conftest import (
     weights,
 )
 from torch import nn
+from torch.distributions import Categorical
 
 from analysis.runs import read_folder
 
@@ -161,9 +162,9 @@ def test_a_rollout_against_a_slow_loop(on_policy, monkeypatch, lost_life_ends_re
             continue
         script.games[:], script.steps[:] = key
         with torch.no_grad():
-            logits, values = network(torch.from_numpy(script.frames()[:1]))
+            policy, values = network(torch.from_numpy(script.frames()[:1]))
         _, log_prob, value, advantage, returned = fields
-        assert log_prob == pytest.approx(float(logits.log_softmax(1)[0, actions[key]]), abs=1e-5)
+        assert log_prob == pytest.approx(float(policy.probs[0, actions[key]].log()), abs=1e-5)
         assert value == pytest.approx(float(values), abs=1e-5)
         assert advantage == pytest.approx(expected[key], abs=1e-5)
         assert returned == pytest.approx(expected[key] + float(values), abs=1e-5)
@@ -199,7 +200,7 @@ def random_rollout(seed, steps=9, games=4):
 @pytest.mark.parametrize(("seed", "q_lambda"), itertools.product(range(3), (0.0, 0.65, 1.0)))
 def test_q_lambda_against_a_loop(pqn, seed, q_lambda):
     rewards, values, terminations = random_rollout(seed)
-    targets = pqn.q_lambda_target(rewards, values, terminations, 0.9, q_lambda)
+    targets = pqn.q_lambda_target(rewards, 0.9 * ~terminations, values, q_lambda)
     for game in range(4):
         following = float(values[9, game])
         for step in range(8, -1, -1):
@@ -213,7 +214,7 @@ def test_q_lambda_against_a_loop(pqn, seed, q_lambda):
 def test_gae_is_the_sum_of_discounted_errors(ppo, seed, gae_lambda):
     """Schulman et al., 2016, eq. 16, as a sum over what follows in the game."""
     rewards, values, terminations = random_rollout(seed)
-    advantages = ppo.gae(rewards, values, terminations, 0.9, gae_lambda)
+    advantages = ppo.gae(rewards, 0.9 * ~terminations, values, gae_lambda)
     for step, game in itertools.product(range(9), range(4)):
         total, weight = 0.0, 1.0
         for later in range(step, 9):
@@ -259,7 +260,7 @@ def test_the_value_loss_is_clipped(ppo, value, old, returned, loss):
 
 
 class Fixed(nn.Module):
-    """The same logits and values whatever is seen."""
+    """The same policy and values whatever is seen."""
 
     def __init__(self, logits, values):
         super().__init__()
@@ -267,7 +268,7 @@ class Fixed(nn.Module):
         self.values = nn.Parameter(values)
 
     def forward(self, obs):
-        return self.logits, self.values
+        return Categorical(logits=self.logits), self.values
 
 
 def test_the_whole_loss_of_ppo(ppo):
@@ -360,7 +361,7 @@ def test_separate_networks_share_nothing(ppo):
     network(obs)[1].sum().backward()
     torso = [*network.convolutions.parameters(), *network.dense.parameters(), *network.head.parameters()]
     assert [parameter for parameter in torso if parameter.grad is not None] == []
-    assert all(parameter.grad is not None for parameter in network.critic.parameters())
+    assert all(parameter.grad is not None for parameter in network.critic_torso.parameters())
 
 
 def test_evaluation_draws_from_the_policy(ppo):
@@ -548,7 +549,7 @@ def test_the_report_against_slow_loops(on_policy):
     policy = torch.eye(3)[torch.arange(60) % 2]
 
     def loss_of(output):
-        output = output if torch.is_tensor(output) else torch.cat([output[0], output[1][:, None]], dim=1)
+        output = output if torch.is_tensor(output) else torch.cat([output[0].logits, output[1][:, None]], dim=1)
         return output.square().mean()
 
     report = on_policy.diagnose_rollout(network, obs, old_policy, policy, loss_of(network(obs)))

@@ -37,7 +37,7 @@ LESSONS = [  # changed lines at most
     ("der", "spr", 175),
     ("spr", "sr_spr", 145),
     ("sr_spr", "bbf", 110),
-    ("dqn", "pqn", 610),
+    ("dqn", "pqn", 600),
     ("pqn", "ppo", 210),
 ]
 SECTIONS = [
