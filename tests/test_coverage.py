@@ -15,7 +15,7 @@ from analysis.runs import BadInput
 def write_run(path, obs, **flags):
     """A folder with two samples of what a run saw."""
     (path / "features").mkdir(parents=True)
-    flags = {"env_id": "MinAtar/Breakout-v1", "seed": 1, "total_timesteps": 10, "num_envs": 8} | flags
+    flags = {"env_id": "MinAtar/Breakout-v1", "seed": 1, "total_timesteps": 10, "num_envs": 8, "num_steps": 1} | flags
     (path / "args.json").write_text(json.dumps({"agent": "pqn", "args": flags, "frames_per_step": 1}))
     half = len(obs) // 2
     for step, part in ((900, obs[:half]), (1000, obs[half:])):

@@ -3,12 +3,16 @@
 import copy
 import itertools
 import math
+import shutil
+import subprocess
+import sys
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    ROOT,
     check_same,
     contents,
     logged,
@@ -740,7 +744,33 @@ def test_what_is_not_finite_ends_the_run(on_policy, refused, monkeypatch, what):
     assert not list(on_policy.Path("runs").glob("*/checkpoint.pt"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "MinAtar/Breakout-v1"])
+def test_training_on_cuda(on_policy, env_id):
+    flags = {"env_id": env_id, "cuda": True, "total_timesteps": 960, "max_episode_steps": 40, "eval_episodes": 1}
+    flags |= {"diagnostics_frequency": 96, "save_features": True}
+    folder = stopped(on_policy, make_args(on_policy, **flags), stop_in_call, on_policy.Games, "step", 100)
+    on_policy.train(make_args(on_policy, resume=str(folder), **flags))
+    found = scalars(folder)
+    assert len(found["diagnostics/feature_rank"]) == 10
+    assert all(np.isfinite([value for _, value in found[tag]]).all() for tag in found)
+
+
 # ---- learning
+@pytest.mark.long
+def test_a_file_alone_in_an_empty_folder(on_policy, tmp_path):
+    """As a copy of it would be, on a real game, without this project on the path."""
+    path = ROOT / "agents" / f"{name_of(on_policy)}.py"
+    shutil.copy(path, tmp_path)
+    command = [sys.executable, "-I", path.name, "--env-id", "ALE/Pong-v5", "--total-timesteps", "256", "--no-cuda"]
+    command += ["--num-envs", "2", "--num-steps", "64", "--eval-episodes", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1].startswith("100% 256/256 [")
+    assert list(tmp_path.glob("runs/*/finished"))
+
+
 @pytest.mark.long
 def test_it_learns(on_policy):
     """200,000 steps of MinAtar Breakout; random play scores 0.38."""
