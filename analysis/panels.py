@@ -14,20 +14,16 @@ from analysis import figures, statistics
 from analysis.compare import verdict
 from analysis.results import compute
 from analysis.runs import BadInput
-from analysis.scores import Group, Run, Study, label_of, make_study
+from analysis.scores import Group, Run, Study, label_of, make_study, means_of_parts
 
 COLOURS = {8: "#0072B2", 16: "#D55E00", 32: "black", 64: "#009E73"}  # of batch sizes, as in analysis.figures
 OTHERS = ["black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # of other values, in their order
 USUAL = 32  # the batch size that others are compared with
 RESAMPLES = 2_000
-MEASURES = {  # of agents without a replay, which log them; PQN has no effective sample size
-    "feature_rank": "feature rank",
-    "dormant_neurons": "dormant neurons",
-    "weight_norm": "weight norm",
-    "gradient_kurtosis": "gradient kurtosis",
-    "policy_variance": "policy variance",
-    "effective_sample_size": "effective sample size",
-}
+MEASURES = (  # of agents without a replay, which log them; PQN has no effective sample size
+    *("feature_rank", "dormant_neurons", "weight_norm", "gradient_kurtosis"),
+    *("policy_variance", "effective_sample_size"),
+)
 TWENTIETHS = 20  # of a run, a point each
 
 
@@ -177,12 +173,8 @@ def measured(panel: Panel, group: Group, measure: str) -> tuple[np.ndarray, list
             series = run.series.get(f"diagnostics/{measure}")
             if series is None:
                 return np.zeros(0), []
-            places = np.ceil(series.steps * run.frames_per_step * TWENTIETHS / last).astype(int) - 1
-            inside = places < TWENTIETHS
-            counts = np.bincount(places[inside], minlength=TWENTIETHS)
-            totals = np.bincount(places[inside], series.values[inside], minlength=TWENTIETHS)
-            with np.errstate(invalid="ignore"):
-                rows.append(totals / counts)
+            frames = series.steps * run.frames_per_step
+            rows.append(means_of_parts(frames, series.values, last / TWENTIETHS, TWENTIETHS))
         strata.append(np.array(rows))
     known = ~np.isnan(np.concatenate(strata)).any(axis=0)
     ends = last * np.arange(1, TWENTIETHS + 1) / TWENTIETHS
@@ -213,7 +205,8 @@ def measures(panels: list[Panel], columns: int) -> Figure:
             place.tick_params(labelsize=7)
             if not place.lines:
                 place.text(0.5, 0.5, "it has none", transform=place.transAxes, ha="center", fontsize=7, color="0.4")
-    for place, title in zip(axes[:, 0], [panels[0].study.unit, *MEASURES.values()], strict=True):
+    titles = [figures.DIAGNOSTICS[f"diagnostics/{measure}"] for measure in MEASURES]
+    for place, title in zip(axes[:, 0], [panels[0].study.unit, *titles], strict=True):
         place.set_ylabel(title, fontsize=7)
     drawn.supxlabel("IQM of all runs; bands: 95% stratified bootstrap intervals")
     legend(drawn, axes[0])
@@ -222,7 +215,7 @@ def measures(panels: list[Panel], columns: int) -> Figure:
 
 def measures_table(panels: list[Panel]) -> Iterator[str]:
     """The last scores and the measures' means over the second half, as a Markdown table: IQM and interval."""
-    names = ["score", *MEASURES.values()]
+    names = ["score", *[figures.DIAGNOSTICS[f"diagnostics/{measure}"] for measure in MEASURES]]
     yield f"| agent | games x steps | runs | {' | '.join(names)} |"
     yield "|-" * (len(names) + 3) + "|"
     rng = np.random.default_rng(0)

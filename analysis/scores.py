@@ -108,6 +108,16 @@ def run_of(folder: Folder, steps: int, evaluation: bool) -> Run:
     return run
 
 
+def means_of_parts(steps: np.ndarray, values: np.ndarray, each: float, parts: int) -> np.ndarray:
+    """Means of the values at the first `each` steps, the next, and so on, (parts,); NaN where there is none."""
+    places = np.ceil(steps / each).astype(int) - 1
+    inside = places < parts
+    counts = np.bincount(places[inside], minlength=parts)
+    totals = np.bincount(places[inside], values[inside], minlength=parts)
+    with np.errstate(invalid="ignore"):
+        return totals / counts
+
+
 # ---------------------------------------------------------------------------------------------------- from a long table
 def open_table(path: Path):
     """Open a CSV file, compressed or not. Raises OSError."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.runs import BadInput, Series, read_folder
 from analysis.scores import Run as Curve
-from analysis.scores import run_of, short_name
+from analysis.scores import means_of_parts, run_of, short_name
 from experiments.plan import Export, Run
 
 POINTS = 20  # scores of a run: mean returns of the training games that ended in each twentieth
@@ -53,7 +53,8 @@ class Record:
         command = shown_command(run)
         measured = []
         for tag, series in curve.series.items():
-            values = [f"{value:.6g}" if np.isfinite(value) else "" for value in means(series, each)]
+            found = means_of_parts(series.steps, series.values, each, POINTS)
+            values = [f"{value:.6g}" if np.isfinite(value) else "" for value in found]
             measured.append([command, tag.removeprefix("diagnostics/"), *values])
         add_rows(self.beside, MEASURED, measured)
         self.measured[command] = [dict(zip(MEASURED, row, strict=True)) for row in measured]
@@ -107,15 +108,6 @@ def add_rows(path: Path, columns: list[str], rows: list[list]):
     with open(path, "a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([columns, *rows] if new else rows)
-
-
-def means(series: Series, each: int) -> np.ndarray:
-    """Means of the values in every `each` steps, (POINTS,); NaN where there is none."""
-    places = np.minimum((series.steps - 1) // each, POINTS - 1)
-    counts = np.bincount(places, minlength=POINTS)
-    totals = np.bincount(places, series.values, minlength=POINTS)
-    with np.errstate(invalid="ignore"):
-        return totals / counts
 
 
 def curve_of(run: Run, result: Path, steps: int, cache: Path | None = None) -> Curve:
