@@ -55,8 +55,9 @@ def test_shares_of_cells_by_hand():
     """Over the range of all settings: four corners, one point, and the middle line of cells."""
     corners = np.array([[0.0, 0.0], [0.0, 100.0], [100.0, 0.0], [100.0, 100.0]])
     line = np.stack([np.arange(50) * 2.0 + 1, np.full(50, 51.0)], axis=1)
-    found = coverage.shares({"corners": corners, "point": np.full((7, 2), 3.0), "line": line})
-    assert found == pytest.approx({"corners": 4 / 2500, "point": 1 / 2500, "line": 50 / 2500})
+    edge = np.array([[100.0, 100.0], [99.0, 99.0]])  # the largest is in the last cell, too
+    found = coverage.shares({"corners": corners, "point": np.full((7, 2), 3.0), "line": line, "edge": edge})
+    assert found == pytest.approx({"corners": 4 / 2500, "point": 1 / 2500, "line": 50 / 2500, "edge": 1 / 2500})
 
 
 def test_wrong_input(tmp_path, monkeypatch, capsys):

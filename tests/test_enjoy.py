@@ -69,11 +69,13 @@ def watch_act(monkeypatch, name: str) -> list[np.ndarray]:
 
 
 # ---- what is played
-def test_agents_without_a_replay_play_too(on_policy, make_run):
+def test_agents_without_a_replay_play_too(on_policy, make_run, capsys):
     """After a roll-out that leaves some steps over."""
     run = make_run(on_policy, total_timesteps=100)
     returns = enjoy.main(enjoy.Args(run, episodes=3))
+    assert len(returns) == 3
     if name_of(on_policy) != "ppo":  # it draws its actions
+        assert f"step 96: mean return {np.mean(returns):.2f} of {returns}" in capsys.readouterr().out
         assert scalars(run)["eval/episodic_return"] == [(96, pytest.approx(np.mean(returns)))]
 
 
