@@ -32,6 +32,7 @@ class Figure:
     minatar_steps: int = 500_000
     minatar_games: tuple[str, ...] = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
     minatar_varied: dict[str, tuple] = field(default_factory=dict)  # values that differ there
+    minatar_variants: dict[str, dict] = field(default_factory=dict)  # variants that differ there
     minatar_seeds: int = 0  # 0: as many as on Atari, and five at least
     atari_only: bool = False  # asks for what MinAtar does not have
     marks: tuple[int, ...] = ()  # agent steps to draw a line at
@@ -78,7 +79,7 @@ REMOVED = {
     "- distributional": ALL_ON | {"distributional": False},
 }
 
-# what SR-SPR and BBF add to SPR, all with two updates a step; at a batch of 32 alone
+# what SR-SPR and BBF add to SPR, all with two updates a step
 HEIRS = {
     "spr": {"agent": "spr"},
     "sr_spr": {"agent": "sr_spr", "replay_ratio": 2},
@@ -86,6 +87,10 @@ HEIRS = {
     "bbf without resets": {"reset_interval": 0},
     "bbf without schedules": {"initial_n_step": 3, "initial_gamma": 0.997},
     "bbf without self-prediction": {"spr_weight": 0.0},
+}
+HEIRS_IN_MINATAR = {  # one update a step: a night on two cores
+    "spr": {"agent": "spr", "updates_per_step": 1, "batch_size": 8},
+    "sr_spr": {"agent": "sr_spr"},
 }
 
 # games side by side and steps of each in a roll-out: as much data, and sixteen times as much
@@ -238,6 +243,7 @@ FIGURES = {
         panels=("agent",),
         line="variant",
         variants=HEIRS,
+        minatar_variants=HEIRS_IN_MINATAR,
         minatar_steps=100_000,
         minatar_games=("Asterix", "Breakout", "SpaceInvaders"),
         minatar_seeds=3,
@@ -270,6 +276,7 @@ ONLINE = {
     "exploration_steps": 100_000,
     "checkpoint_frequency": 50_000,
 }
+ONE_UPDATE = {"replay_ratio": 1, "batch_size": 8, "reset_interval": 20_000}  # resets at the same steps as with two
 OFFLINE = {"target_network_frequency": 1_000, "iteration_steps": 25_000, "eval_steps": 10_000}
 MINATAR = {
     "dqn": RATE | ONLINE,
@@ -279,8 +286,8 @@ MINATAR = {
     "der": RATE | SUPPORT,
     "drq_eps": RATE | {"image_pad": 1},
     "spr": RATE | SUPPORT | {"image_pad": 1},
-    "sr_spr": RATE | SUPPORT | {"image_pad": 1},
-    "bbf": RATE | SUPPORT | {"image_pad": 1, "width_scale": 1},
+    "sr_spr": RATE | SUPPORT | ONE_UPDATE | {"image_pad": 1},
+    "bbf": RATE | SUPPORT | ONE_UPDATE | {"image_pad": 1, "width_scale": 1, "schedule_updates": 5_000},
     "cql_offline": RATE | SUPPORT | OFFLINE,
     "ppo": {"diagnostics_frequency": 25_000},
     "pqn": {"diagnostics_frequency": 25_000},

@@ -143,6 +143,10 @@ def seeds_of(figure: Figure, scale: str) -> range:
     return range(1, count + 1)
 
 
+def variants_of(figure: Figure, scale: str) -> dict[str, dict]:
+    return figure.variants if scale == "paper" else figure.variants | figure.minatar_variants
+
+
 def values_of(figure: Figure, scale: str) -> dict[str, tuple]:
     """{flag: values} at this scale, with "agent" and "variant" among the flags."""
     varied = figure.varied if scale == "paper" else figure.varied | figure.minatar_varied
@@ -166,7 +170,7 @@ def base_flags(figure: Figure, agent: str, scale: str) -> dict:
 
 def make_run(figure: Figure, setting: dict, env_id: str, seed: int, scale: str, overrides: dict) -> Run:
     """A run is named after what is not usual in it, so that it is the same one in every figure."""
-    variant = dict(figure.variants.get(setting.get("variant"), {}))
+    variant = dict(variants_of(figure, scale).get(setting.get("variant"), {}))
     agent = variant.pop("agent", setting["agent"])
     known = defaults_of(agent)
     usual = {name: value for name, value in base_flags(figure, agent, scale).items() if name in known}
@@ -224,7 +228,7 @@ def check_plan(names: Iterable[str], scale: str, overrides: dict):
         if "cql_offline" in figure.agents and scale == "paper" and "dataset_dir" not in overrides:
             raise BadInput(f"{name} needs the DQN Replay Dataset: -- --dataset-dir '/data/{{game}}/1/replay_logs'.")
         varied = {"env_id", "seed", "exp_name", "resume", *figure.varied, *figure.flags}
-        varied.update(*figure.variants.values())
+        varied.update(*variants_of(figure, scale).values())
         for flag, agent in product(overrides, figure.agents):
             shown = f"--{flag.replace('_', '-')}"
             if flag in varied:

@@ -108,15 +108,19 @@ def test_a_plan_by_hand():
     assert dict(offline[0].flags)["dataset_dir"] == "/data/Asterix/1/replay_logs"
 
 
-def test_the_heirs_of_spr():
+@pytest.mark.parametrize("scale, ratio, batch_size", [("paper", 2, 32), ("minatar", 1, 8)])
+def test_the_heirs_of_spr(scale, ratio, batch_size):
     """Six settings, of three agents; the lines of the figure are where the networks are reset."""
     found = {}
-    for run in runs_of("bbf", "minatar"):
+    for run in runs_of("bbf", scale):
         module = load(ROOT / "agents" / f"{run.agent}.py")
         found[run.exp_name] = module.Args(**dict(run.flags))
     assert len(found) == 6
     ratios = [getattr(args, "replay_ratio", None) or args.updates_per_step for args in found.values()]
-    assert ratios == [2] * 6
+    assert ratios == [ratio] * 6
+    assert {args.batch_size for args in found.values()} == {batch_size}
+    whole = found[min(name for name in found if name.startswith("bbf"))]
+    assert whole.schedule_updates * 4 == whole.reset_interval == ratio * 20_000
     with_resets = [args for args in found.values() if getattr(args, "reset_interval", 0)]
     assert len(with_resets) == 4
     bbf = load(ROOT / "agents" / "bbf.py")
