@@ -87,7 +87,7 @@ class Args:
     separate_networks: bool = False  # a torso each for policy and value
 
     def __post_init__(self):
-        check_flags(self, max_grad_norm=(0, 1e6), vf_coef=(0, 1e6))
+        check_flags(self, max_grad_norm=(1e-6, 1e6), vf_coef=(0, 1e6))
         batch_steps = self.num_envs * self.num_steps
         pieces = self.num_minibatches
         if batch_steps % pieces or batch_steps == pieces:  # one row has no deviation

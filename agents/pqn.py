@@ -86,7 +86,7 @@ class Args:
     q_lambda: float = 0.65  # lambda of the returns (0: one step, 1: to the roll-out's end)
 
     def __post_init__(self):
-        check_flags(self, max_grad_norm=(0, 1e6))
+        check_flags(self, max_grad_norm=(1e-6, 1e6))
         batch_steps = self.num_envs * self.num_steps
         if batch_steps % self.num_minibatches:
             fail(f"--num-minibatches is {self.num_minibatches}: it must divide --num-envs times --num-steps.")

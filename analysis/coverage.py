@@ -22,11 +22,11 @@ def samples_of(folder: Path, of: str) -> np.ndarray:
 
     Raises BadInput if there is nothing, or a file is damaged.
     """
-    paths = sorted((folder / "features").glob("*.npz"), key=lambda path: int(path.stem))
+    paths = [path for path in (folder / "features").glob("*.npz") if path.stem.isdecimal()]
     if not paths:
         raise BadInput(f"{folder} has no features: they are saved by pqn.py and ppo.py with --save-features.")
     found = []
-    for path in paths:
+    for path in sorted(paths, key=lambda path: int(path.stem)):
         try:
             with np.load(path, allow_pickle=False) as file:
                 found.append(flat_pictures(file["obs"]) if of == "observations" else file["features"])

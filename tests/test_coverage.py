@@ -67,7 +67,7 @@ def test_wrong_input(tmp_path, monkeypatch, capsys):
     (tmp_path / "bad" / "damaged" / "features" / "900.npz").write_bytes(b"no zip")
     write_run(tmp_path / "empty", obs)
     for path in (tmp_path / "empty" / "features").iterdir():
-        path.unlink()
+        path.rename(path.with_name("copy_of_" + path.name))  # not an agent's
     cases = {
         (tmp_path / "empty",): "has no features: they are saved by pqn.py and ppo.py with --save-features.",
         (tmp_path / "bad",): "900.npz cannot be read: remove it.",

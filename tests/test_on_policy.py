@@ -481,6 +481,10 @@ def test_the_same_seed_is_the_same_run(on_policy):
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_gradients_must_have_a_norm(on_policy, refused):
+    assert "--max-grad-norm is 0" in refused(make_args, on_policy, max_grad_norm=0.0)
+
+
 def test_minibatches_must_divide_the_rollout(on_policy, refused):
     error = refused(make_args, on_policy, num_minibatches=5)
     assert "--num-minibatches is 5" in error
