@@ -86,7 +86,7 @@ class Args:
     # ---- training
     total_timesteps: int = 50_000_000  # agent steps
     iteration_steps: int = 250_000  # agent steps of an iteration: a draw of checkpoints, updates, an evaluation
-    learning_rate: float | None = None  # Adam's step size
+    learning_rate: float | None = None  # the optimizer's step size
     adam_eps: float | None = None  # Adam's epsilon
     batch_size: int = 32  # transitions in an update
     gamma: float = 0.99  # discount per agent step
@@ -866,7 +866,7 @@ STOPPED_BY: list[int] = []  # signals
 
 
 def stop(number: int, _frame):
-    """Let the run end at its next step; a second Ctrl-C ends it at once."""
+    """Ask the run to end; a second Ctrl-C ends it at once."""
     STOPPED_BY.append(number)
     if number == signal.SIGINT:  # SIGTERM may come twice
         signal.signal(number, signal.SIG_DFL)

@@ -72,7 +72,7 @@ class Args:
     terminal_on_life_loss: bool = True  # a lost life ends the return and the frame stack, not the game (ALE)
     # ---- training
     total_timesteps: int = 100_000  # agent steps
-    learning_rate: float = 1e-4  # Adam's step size
+    learning_rate: float = 1e-4  # the optimizer's step size
     adam_eps: float = 1.5e-4  # Adam's epsilon
     batch_size: int = 32  # transitions in an update
     buffer_size: int = 1_000_000  # transitions in the replay
@@ -80,7 +80,7 @@ class Args:
     learning_starts: int = 1_600  # agent steps before the first update
     train_frequency: int = 1  # agent steps between updates
     target_network_frequency: int = 2_000  # agent steps between copies to the target network
-    start_e: float = 0.0  # share of random actions until learning starts
+    start_e: float = 0.0  # share of random actions at first
     end_e: float = 0.0  # share of random actions after the decay
     exploration_steps: int = 250_000  # agent steps of the decay, once learning starts
     network: Literal["dopamine", "nature", "dopamine-x4", "impala"] = "dopamine"  # convolutions (ALE)
@@ -686,7 +686,7 @@ def diagnose(q_network: nn.Module, obs: Tensor, updates: list[list[float]]) -> d
 
 
 def evaluate(args: Args, envs, q_network: nn.Module, global_step: int, device, folder: Path, writer):
-    """Play full games, by random numbers of their own, and log the mean return."""
+    """Play full games, keep the run's random state, and log the mean return."""
     if args.save_model:
         save(folder / "model.pt", {"args": asdict(args), "weights": q_network.state_dict()})
     if args.eval_episodes == 0:
@@ -833,7 +833,7 @@ STOPPED_BY: list[int] = []  # signals
 
 
 def stop(number: int, _frame):
-    """Let the run end at its next step; a second Ctrl-C ends it at once."""
+    """Ask the run to end; a second Ctrl-C ends it at once."""
     STOPPED_BY.append(number)
     if number == signal.SIGINT:  # SIGTERM may come twice
         signal.signal(number, signal.SIG_DFL)

@@ -70,7 +70,7 @@ class Args:
     lost_life_ends_return: bool = True  # as a game over does, but the game goes on (ALE)
     # ---- training
     total_timesteps: int = 100_000_000  # agent steps
-    learning_rate: float = 2.5e-4  # Adam's step size
+    learning_rate: float = 2.5e-4  # the optimizer's step size
     anneal_lr: bool = True  # lower the step size linearly, to 0 after the run
     adam_eps: float = 1e-5  # Adam's epsilon
     max_grad_norm: float = 0.5  # norm that gradients are clipped to
@@ -215,7 +215,7 @@ def train(args: Args) -> Path:
     batch_steps = args.num_envs * args.num_steps
     shape = (args.num_steps, args.num_envs)
     observations = torch.zeros(batch_steps, *obs_space.shape, dtype=torch.from_numpy(games.obs).dtype, device=device)
-    observations = observations.to(memory_format=torch.channels_last).unflatten(0, shape)  # ALE: as the weights
+    observations = observations.to(memory_format=torch.channels_last).unflatten(0, shape)  # faster convolutions
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     rewards = torch.zeros(shape, device=device)
     log_probs = torch.zeros(shape, device=device)
@@ -408,7 +408,7 @@ class Games:
 
     def reset(self, which: np.ndarray):
         """Start the games of the places, (games,), that are true."""
-        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32; a run's meet the next one's after a million
+        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32; a seed has a million games of its own
         if isinstance(self.envs, gym.vector.SyncVectorEnv):
             seeds = seeds.tolist()
             for place in np.flatnonzero(which):
@@ -549,7 +549,7 @@ def save_features(folder: Path, network: nn.Module, obs: Tensor, global_step: in
 
 
 def evaluate(args: Args, envs, q_network: nn.Module, global_step: int, device, folder: Path, writer):
-    """Play full games, by random numbers of their own, and log the mean return."""
+    """Play full games, keep the run's random state, and log the mean return."""
     if args.save_model:
         save(folder / "model.pt", {"args": asdict(args), "weights": q_network.state_dict()})
     if args.eval_episodes == 0:
@@ -701,7 +701,7 @@ STOPPED_BY: list[int] = []  # signals
 
 
 def stop(number: int, _frame):
-    """Let the run end at its next step; a second Ctrl-C ends it at once."""
+    """Ask the run to end; a second Ctrl-C ends it at once."""
     STOPPED_BY.append(number)
     if number == signal.SIGINT:  # SIGTERM may come twice
         signal.signal(number, signal.SIG_DFL)

@@ -8,11 +8,11 @@
 Read after dqn.py; differs in (1) many games side by side, whose data is used as soon as it is there and thrown away,
 (2) Q(lambda) returns, (3) LayerNorm, which keeps such updates stable, (4) epochs of minibatches, (5) RAdam, an annealed
 step size, a clipped gradient, (6) the games: no sticky actions, no-ops at first, a lost life ends the return. Departs
-from CleanRL's in that a game that is cut off is bootstrapped from its own last observation, no step is lost between two
-games, and no return crosses their end.
+from CleanRL's in that no fire button is pressed at a reset, a game that is cut off is bootstrapped from its own last
+observation, no step is lost between two games, and no return crosses their end. Defaults are CleanRL's; the authors'
+for Atari: --num-envs 128 --num-steps 32 --update-epochs 2 --num-minibatches 32 --end-e 0.001 --no-anneal-lr.
 
-400 million frames, as the study of parallel data, "The impact of on-policy parallelized data collection on deep
-reinforcement learning networks" (Mayor et al., 2025):
+400 million frames, as Mayor et al., "The impact of on-policy parallelized data collection on deep RL networks", 2025:
     python agents/pqn.py --env-id ALE/Pong-v5
 
 A minute on a CPU:
@@ -71,7 +71,7 @@ class Args:
     lost_life_ends_return: bool = True  # as a game over does, but the game goes on (ALE)
     # ---- training
     total_timesteps: int = 100_000_000  # agent steps
-    learning_rate: float = 2.5e-4  # Adam's step size
+    learning_rate: float = 2.5e-4  # the optimizer's step size
     anneal_lr: bool = True  # lower the step size linearly, to 0 after the run
     adam_eps: float = 1e-8  # Adam's epsilon
     max_grad_norm: float = 10.0  # norm that gradients are clipped to
@@ -79,7 +79,7 @@ class Args:
     num_minibatches: int = 4  # parts of a roll-out, an update each
     update_epochs: int = 4  # times that a roll-out is learned from
     gamma: float = 0.99  # discount per agent step
-    start_e: float = 1.0  # share of random actions until learning starts
+    start_e: float = 1.0  # share of random actions at first
     end_e: float = 0.01  # share of random actions after the decay
     exploration_fraction: float = 0.1  # share of the run that the decay takes
     # ---- algorithm
@@ -172,7 +172,7 @@ def train(args: Args) -> Path:
     batch_steps = args.num_envs * args.num_steps
     shape = (args.num_steps, args.num_envs)
     observations = torch.zeros(batch_steps, *obs_space.shape, dtype=torch.from_numpy(games.obs).dtype, device=device)
-    observations = observations.to(memory_format=torch.channels_last).unflatten(0, shape)  # ALE: as the weights
+    observations = observations.to(memory_format=torch.channels_last).unflatten(0, shape)  # faster convolutions
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     rewards = torch.zeros(shape, device=device)
     values = torch.zeros(args.num_steps + 1, args.num_envs, device=device)  # max_a Q(s_t, a)
@@ -243,7 +243,7 @@ def train(args: Args) -> Path:
         if diagnosing:
             rows = np.random.default_rng(global_step).permutation(batch_steps)[:1_024]
             probe = [field[rows] for field in batch]
-            old_policy = predict(q_network, probe[0]).softmax(dim=1)
+            old_policy = predict(q_network, probe[0]).softmax(dim=1)  # of Q, to compare with
         for _ in range(args.update_epochs):
             order = torch.randperm(batch_steps, device=device)
             for rows in order.chunk(args.num_minibatches):
@@ -361,7 +361,7 @@ class Games:
 
     def reset(self, which: np.ndarray):
         """Start the games of the places, (games,), that are true."""
-        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32; a run's meet the next one's after a million
+        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32; a seed has a million games of its own
         if isinstance(self.envs, gym.vector.SyncVectorEnv):
             seeds = seeds.tolist()
             for place in np.flatnonzero(which):
@@ -496,7 +496,7 @@ def save_features(folder: Path, network: nn.Module, obs: Tensor, global_step: in
 
 
 def evaluate(args: Args, envs, q_network: nn.Module, global_step: int, device, folder: Path, writer):
-    """Play full games, by random numbers of their own, and log the mean return."""
+    """Play full games, keep the run's random state, and log the mean return."""
     if args.save_model:
         save(folder / "model.pt", {"args": asdict(args), "weights": q_network.state_dict()})
     if args.eval_episodes == 0:
@@ -648,7 +648,7 @@ STOPPED_BY: list[int] = []  # signals
 
 
 def stop(number: int, _frame):
-    """Let the run end at its next step; a second Ctrl-C ends it at once."""
+    """Ask the run to end; a second Ctrl-C ends it at once."""
     STOPPED_BY.append(number)
     if number == signal.SIGINT:  # SIGTERM may come twice
         signal.signal(number, signal.SIG_DFL)

@@ -7,9 +7,9 @@ Counted is nothing but steps that act with the network and learn as often as the
 random steps and --warm-up seconds of learning. Those who are compared live side by side, a process each, and take
 turns of --seconds while the others wait, so that a slow minute of the machine slows them all. The table has the medians
 of the turns, and the median and the quartiles of the ratio within a round. The libraries' DQN, QR-DQN and PPO play
-Pong, by the network they have (--network nature). The agents without a replay, and PPO, take turns of whole roll-outs,
-and are measured with --num-envs games side by side instead of batch sizes. cql_offline plays no steps:
-benchmarks/dataset.py times its updates. Nothing else should run on the machine.
+Pong, by the network they have (--network nature). The agents without a replay, and the library's PPO, take turns of
+whole roll-outs, and are measured with --num-envs games side by side instead of batch sizes. cql_offline plays no
+steps: benchmarks/dataset.py times its updates. Nothing else should run on the machine.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The study's figures, and one more, as data: what each asks, and which runs answer it.
+"""The study's figures, and three more, as data: what each asks, and which runs answer it.
 
 Obando-Ceron, Bellemare and Castro, "Small batch deep reinforcement learning", 2023. What the study leaves open is ours,
 and marked so; everything named minatar is. Every value in `varied` meets every other; a figure has `panels` for some of
@@ -93,7 +93,7 @@ HEIRS_IN_MINATAR = {  # one update a step: a night on two cores
     "sr_spr": {"agent": "sr_spr"},
 }
 
-# games side by side and steps of each in a roll-out: as much data, and sixteen times as much
+# games side by side and steps of each in a roll-out, ours: three times as much data, and sixteen times that
 ROLLOUTS = {
     "8 x 128": {"num_envs": 8, "num_steps": 128},
     "32 x 32": {"num_envs": 32, "num_steps": 32},
@@ -249,7 +249,7 @@ FIGURES = {
         minatar_seeds=3,
         marks=(20_002, 40_003, 60_004),  # resets
     ),
-    "parallel": Figure(  # "The impact of on-policy parallelized data collection on deep RL networks", 2025: ours of 1a
+    "parallel": Figure(  # Mayor et al., "The impact of on-policy parallelized data collection", 2025: its figure 1a
         "What do more games side by side do to a network, in place of longer roll-outs, and beside them?",
         "measures",
         ("ppo", "pqn"),
