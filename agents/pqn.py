@@ -12,7 +12,7 @@ from CleanRL's in that no fire button is pressed at a reset, a game that is cut 
 observation, no step is lost between two games, and no return crosses their end. Defaults are CleanRL's; the authors'
 for Atari: --num-envs 128 --num-steps 32 --update-epochs 2 --num-minibatches 32 --end-e 0.001 --no-anneal-lr.
 
-400 million frames, as Mayor et al., "The impact of on-policy parallelized data collection on deep RL networks", 2025:
+400 million frames, as Mayor et al., 2025 ("The impact of on-policy parallelized data collection on deep ..."):
     python agents/pqn.py --env-id ALE/Pong-v5
 
 A minute on a CPU:
