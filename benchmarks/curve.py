@@ -45,7 +45,8 @@ def main(args: Args):
         means = np.convolve(returns, np.ones(window) / window, mode="valid")
         colour = f"C{number}"
         flags = record["args"]
-        name = f"{record['agent']}, batch {flags['batch_size']}, seed {flags['seed']}"
+        batch = f"{flags['num_envs']} games" if "num_envs" in flags else f"batch {flags['batch_size']}"
+        name = f"{record['agent']}, {batch}, seed {flags['seed']}"
         axes.plot(frames, returns, ".", color=colour, alpha=0.25, markersize=3)
         axes.plot(frames[window - 1 :], means, color=colour, label=f"{name}: mean of {window} training games")
         if "eval/episodic_return" in events.Tags()["scalars"]:

@@ -30,6 +30,36 @@ def test_every_benchmark_explains_itself(name, script, capsys):
     assert f"python benchmarks/{name}.py" in module.__doc__
 
 
+# ---- curve.py
+@pytest.mark.parametrize("flags, words", [({"batch_size": 8}, "batch 8"), ({"num_envs": 4}, "4 games")])
+def test_a_curve_of_every_game(script, tmp_path, monkeypatch, flags, words):
+    """Of agents with a batch, and of those with many games, two of which end in one step."""
+    curve = script("curve")
+    folder = tmp_path / "run"
+    with SummaryWriter(folder) as writer:
+        for step, score in [(100, 1.0), (100, 3.0), (250_000, 5.0)]:
+            writer.add_scalar("charts/episodic_return", score, step)
+    flags = {"env_id": "ALE/Pong-v5", "seed": 7} | flags
+    (folder / "args.json").write_text(json.dumps({"agent": "some", "args": flags, "frames_per_step": 4}))
+    drawn = []
+    real = curve.plt.subplots
+    monkeypatch.setattr(curve.plt, "subplots", lambda **given: drawn.append(real(**given)) or drawn[0])
+    curve.main(curve.Args((folder,), tmp_path / "curve.png", window=2))
+    games, means = drawn[0][1].lines
+    assert np.array(games.get_xydata()).tolist() == [[0.0004, 1.0], [0.0004, 3.0], [1.0, 5.0]]
+    assert np.array(means.get_xydata()).tolist() == [[0.0004, 2.0], [1.0, 4.0]]
+    assert means.get_label() == f"some, {words}, seed 7: mean of 2 training games"
+    assert (tmp_path / "curve.png").stat().st_size > 5_000
+
+
+def test_no_curve_of_what_is_no_run(script, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        script("curve").main(script("curve").Args((tmp_path,), tmp_path / "curve.png"))
+    assert refusal.value.code == 2
+    assert "is no run folder" in capsys.readouterr().err
+    assert not (tmp_path / "curve.png").exists()
+
+
 # ---- speed.py
 def test_the_clock_counts_learning_steps_alone(script, monkeypatch):
     speed = script("speed")
