@@ -46,8 +46,8 @@ def test_a_curve_of_every_game(script, tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(curve.plt, "subplots", lambda **given: drawn.append(real(**given)) or drawn[0])
     curve.main(curve.Args((folder,), tmp_path / "curve.png", window=2))
     games, means = drawn[0][1].lines
-    assert np.array(games.get_xydata()).tolist() == [[0.0004, 1.0], [0.0004, 3.0], [1.0, 5.0]]
-    assert np.array(means.get_xydata()).tolist() == [[0.0004, 2.0], [1.0, 4.0]]
+    np.testing.assert_allclose(games.get_xydata(), [[0.0004, 1.0], [0.0004, 3.0], [1.0, 5.0]])
+    np.testing.assert_allclose(means.get_xydata(), [[0.0004, 2.0], [1.0, 4.0]])
     assert means.get_label() == f"some, {words}, seed 7: mean of 2 training games"
     assert (tmp_path / "curve.png").stat().st_size > 5_000
 
