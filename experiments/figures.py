@@ -93,7 +93,7 @@ HEIRS_IN_MINATAR = {  # one update a step: a night on two cores
     "sr_spr": {"agent": "sr_spr"},
 }
 
-# games side by side and steps of each in a roll-out, ours: three times as much data, and sixteen times that
+# games side by side and steps of each in a roll-out, ours: three with as much data, one with sixteen times that
 ROLLOUTS = {
     "8 x 128": {"num_envs": 8, "num_steps": 128},
     "32 x 32": {"num_envs": 32, "num_steps": 32},
