@@ -125,7 +125,7 @@ class Batch(NamedTuple):
 
 def renormalise(latents: Tensor) -> Tensor:
     """Bring the smallest number of each row, (batch, size), to 0, the largest to 1."""
-    low, high = latents.aminmax(dim=1, keepdim=True)
+    low, high = latents.amin(1, keepdim=True), latents.amax(1, keepdim=True)
     return (latents - low) / (high - low + 1e-5)
 
 

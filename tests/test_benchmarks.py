@@ -137,12 +137,12 @@ def test_the_table_has_a_row_for_each_rival(script, tmp_path, capsys):
 
 
 # ---- learning.py
-@pytest.mark.parametrize("benchmark", ["500k", "short", "100k"])
-def test_agents_know_the_flags_of_their_benchmark(benchmark, script):
+@pytest.mark.parametrize("setting", ["500k", "short", "100k"])
+def test_agents_know_the_flags_of_their_benchmark(setting, script):
     learning = script("learning")
-    args = learning.Args(benchmark)
+    args = learning.Args(setting)
     for agent in args.agents:
-        flags = learning.FLAGS[benchmark] | learning.OWN_FLAGS.get(agent, {})
+        flags = learning.FLAGS[setting] | learning.OWN_FLAGS.get(agent, {})
         module = load(ROOT / "agents" / f"{agent}.py")
         module.Args(env_id=args.games[0], total_timesteps=args.total_timesteps, **flags)
 
