@@ -7,8 +7,8 @@
 
 Read after sr_spr.py; differs in (1) IMPALA's convolutions, four times as wide, (2) returns that shrink from 10 steps to
 3 and a discount that grows, after each reset, (3) weight decay, (4) stronger resets, (5) two updates a step, not eight.
-Departs from the release as sr_spr.py does; the release's priorities reach almost no row: --no-prioritized is closer to
-the published scores. Their ablations:
+Departs from the release as sr_spr.py does; the release's own runs sampled nearly uniformly, as --no-prioritized does.
+Published ablations:
     BBF-Resets: --reset-interval 0            BBF-HarderResets: --shrink 0.8 --perturb 0.2    BBF-SPR: --spr-weight 0
     BBF-Annealing: --initial-n-step 3 --initial-gamma 0.997      BBF+gamma=0.99: --initial-gamma 0.99 --gamma 0.99
     BBF+n=10: --n-step 10                     BBF-WD: --weight-decay 0                BBF+sticky: --sticky-actions 0.25
@@ -78,7 +78,7 @@ class Args:
     total_timesteps: int = 100_000  # agent steps
     learning_rate: float = 1e-4  # the optimizer's step size
     adam_eps: float = 1.5e-4  # Adam's epsilon
-    weight_decay: float = 0.1  # share of a kernel that an update takes away, times the learning rate
+    weight_decay: float = 0.1  # an update shrinks a kernel by this share, times the learning rate
     batch_size: int = 32  # transitions in an update
     buffer_size: int = 200_000  # transitions in the replay
     gamma: float = 0.997  # discount per agent step
@@ -249,7 +249,7 @@ def latent_loss(q_network, latents: Tensor, batch: Batch, targets: Tensor) -> tu
 
 
 def prediction_loss(q_network, target_network, latents: Tensor, states: Tensor, actions: Tensor, masks: Tensor):
-    """Squared distances of predicted and true projections of the next K states, (batch,): equation 2."""
+    """Squared distances of predicted and true projections of the next K states, (batch,): SPR's eq. 2."""
     predicted = []
     for step in range(masks.shape[1]):
         latents = q_network.advance(latents, actions[:, step])  # of s_{t+1+step}
@@ -333,7 +333,7 @@ def train(args: Args) -> Path:
     target_network = copy.deepcopy(q_network)
     optimizer = make_optimizer(q_network, args)
     replay = SequenceReplay(obs_space, args, device, rng)
-    replay.n_step = max(args.initial_n_step, args.spr_steps)  # rows wait for so many
+    replay.n_step = max(args.initial_n_step, args.spr_steps)  # steps that a row waits for
     resets = reset_steps(args)
 
     global_step = 0  # agent steps so far

@@ -260,7 +260,7 @@ def latent_loss(q_network, latents: Tensor, batch: Batch, targets: Tensor) -> tu
 
 
 def prediction_loss(q_network, target_network, latents: Tensor, states: Tensor, actions: Tensor, masks: Tensor):
-    """Squared distances of predicted and true projections of the next K states, (batch,): equation 2."""
+    """Squared distances of predicted and true projections of the next K states, (batch,): SPR's eq. 2."""
     predicted = []
     for step in range(masks.shape[1]):
         latents = q_network.advance(latents, actions[:, step])  # of s_{t+1+step}

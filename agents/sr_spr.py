@@ -7,10 +7,10 @@
 
 Read after spr.py; differs in (1) resets: projection, predictor and head are made anew, encoder and transition model
 shrunk and perturbed, (2) many updates a step, 40,000 of them between resets whatever the ratio, (3) a target network
-that is a moving average and acts, (4) epsilon-greedy exploration in place of noisy layers, as in the authors' release.
-Departs from the release, besides what spr.py says: a prediction is masked only once the game is over, each row has a
-priority of its own, returns bootstrap from s_{t+n}. A reset of Adam is what it does and not what it means to do:
---keep-moments.
+that is a moving average and acts, (4) no noisy layers, as in the release that came with BBF; the paper has them.
+Departs from this release: a prediction is masked only once the episode, or life, is over, each row has a priority of
+its own (the release's priorities reached almost none), returns bootstrap from s_{t+n}, images shift by up to 4 pixels
+both ways. A reset clears all of Adam, as in the release, which meant what --keep-moments does.
 
 400,000 frames, the benchmark (the paper's best: --replay-ratio 16):
     python agents/sr_spr.py --env-id ALE/Pong-v5
@@ -235,7 +235,7 @@ def latent_loss(q_network, latents: Tensor, batch: Batch, targets: Tensor) -> tu
 
 
 def prediction_loss(q_network, target_network, latents: Tensor, states: Tensor, actions: Tensor, masks: Tensor):
-    """Squared distances of predicted and true projections of the next K states, (batch,): equation 2."""
+    """Squared distances of predicted and true projections of the next K states, (batch,): SPR's eq. 2."""
     predicted = []
     for step in range(masks.shape[1]):
         latents = q_network.advance(latents, actions[:, step])  # of s_{t+1+step}
