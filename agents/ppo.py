@@ -7,7 +7,8 @@
 
 Read after pqn.py; differs in (1) the network is a policy and a value, the games are played by drawing from the policy,
 (2) advantages by GAE instead of Q(lambda) returns, (3) the clipped loss, (4) Adam, and no LayerNorm. Departs from the
-paper as CleanRL does (the value's loss is clipped, advantages are normalised), and from CleanRL's as pqn.py does.
+paper as CleanRL does (the value's loss is clipped and weighs less, advantages are normalised, four epochs and not
+three, --clip-coef stays), and from CleanRL's as pqn.py does.
 
 400 million frames, as the study of parallel data (Mayor et al., 2025):
     python agents/ppo.py --env-id ALE/Pong-v5
@@ -394,28 +395,35 @@ def reset(envs, seed: int, stream: int, episode: int) -> np.ndarray:
 
 
 class Games:
-    """Games side by side, each of its own seed and length. One that ended is reset alone: no step is an autoreset's."""
+    """Games side by side, each of its own length. One that ended is reset alone: no step is an autoreset's."""
+
+    seeded_for = 4_000  # steps in a place: to seed an emulator takes a tenth of a second
 
     def __init__(self, args: Args):
         self.envs = make_env(args, args.num_envs)
         self.seed = args.seed
         self.lost_life_ends_return = args.lost_life_ends_return
-        self.numbers = np.arange(args.num_envs)  # of the game in each place
-        self.actions = [[] for _ in self.numbers]  # of these games
+        self.numbers = np.arange(args.num_envs)  # of the seed of each place
+        self.actions = [[] for _ in self.numbers]  # since it was seeded
+        self.lengths = np.zeros(args.num_envs, int)  # of the games that are played
         self.returns = np.zeros(args.num_envs)  # their raw rewards so far
         self.lives = np.zeros(args.num_envs)
-        self.reset(np.ones(args.num_envs, bool))
+        everywhere = np.ones(args.num_envs, bool)
+        self.reset(everywhere, everywhere)
 
-    def reset(self, which: np.ndarray):
-        """Start the games of the places, (games,), that are true."""
-        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32; a seed has a million games of its own
+    def reset(self, which: np.ndarray, seeded: np.ndarray):
+        """Start the games of the places, (games,), that are true, by their numbers those that are `seeded`."""
+        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32; a run has a million of its own
+        for place in np.flatnonzero(seeded):
+            self.actions[place] = []
         if isinstance(self.envs, gym.vector.SyncVectorEnv):
-            seeds = seeds.tolist()
+            seeds = [number if anew else None for number, anew in zip(seeds.tolist(), seeded, strict=True)]
             for place in np.flatnonzero(which):
                 self.envs.envs[place].unwrapped.game.last_action = 0  # or its sticky action outlives a game
         else:
-            seeds = seeds[which]
+            seeds = np.where(seeded, seeds, -1)[which]  # -1: without a seed
         self.obs, infos = self.envs.reset(seed=seeds, options={"reset_mask": which})
+        self.lengths[which] = 0
         self.returns[which] = 0
         self.lives = infos.get("lives", self.lives)
 
@@ -425,19 +433,18 @@ class Games:
         for played, action in zip(self.actions, actions.tolist(), strict=True):
             played.append(action)
         self.obs = next_obs  # but of a game that ends, the next one's first
+        self.lengths += 1
         self.returns += rewards
         lives = infos.get("lives", self.lives)
         lost = lives < self.lives
         self.lives = lives
 
         over = terminations | truncations
-        ended_games = []  # returns and lengths
-        for place in np.flatnonzero(over):
-            ended_games.append((self.returns[place], len(self.actions[place])))
-            self.numbers[place] += len(over)
-            self.actions[place] = []
+        ended_games = list(zip(self.returns[over].tolist(), self.lengths[over].tolist(), strict=True))
         if over.any():
-            self.reset(over)
+            seeded = over & np.array([len(played) >= self.seeded_for for played in self.actions])
+            self.numbers[seeded] += len(over)
+            self.reset(over, seeded)
         if self.lost_life_ends_return:
             terminations = terminations | lost
         return next_obs, rewards, terminations, truncations, ended_games
@@ -446,18 +453,16 @@ class Games:
         return {"numbers": self.numbers.tolist(), "actions": self.actions}
 
     def load_state_dict(self, state: dict):
-        """Play the games to where they stood: emulators are deterministic."""
-        self.numbers = np.array(state["numbers"])
-        self.actions = state["actions"]
-        lengths = np.array([len(played) for played in self.actions])
-        for left in range(lengths.max(), -1, -1):  # steps to go; shorter games start later
-            if (lengths == left).any():
-                self.reset(lengths == left)
+        """Play the games since the last seed of each place again: emulators are deterministic."""
+        actions = state["actions"]
+        lengths = np.array([len(played) for played in actions])
+        for left in range(lengths.max(), -1, -1):  # steps to go; a place with fewer starts later
+            starts = lengths == left
+            if starts.any():
+                self.numbers[starts] = np.array(state["numbers"])[starts]
+                self.reset(starts, starts)
             if left > 0:
-                actions = [played[-left] if len(played) >= left else 0 for played in self.actions]
-                self.obs, rewards, _, _, infos = self.envs.step(np.array(actions))
-                self.returns += rewards
-                self.lives = infos.get("lives", self.lives)
+                self.step(np.array([played[-left] if len(played) >= left else 0 for played in actions]))
 
 
 # ---- network

@@ -15,10 +15,11 @@ from analysis.runs import BadInput, find_folders, read_record
 from analysis.scores import label_of, short_name
 
 GRID = 50  # cells in each direction: ours
+TIMES = 200  # of a run that saved more often every second, third, ... file is read: all would fill the memory
 
 
 def samples_of(folder: Path, of: str) -> np.ndarray:
-    """All that a run saved, (rows, numbers): its observations, as flat pictures, or its features.
+    """What a run saved, (rows, numbers): its observations, as flat pictures, or its features.
 
     Raises BadInput if there is nothing, or a file is damaged.
     """
@@ -26,7 +27,8 @@ def samples_of(folder: Path, of: str) -> np.ndarray:
     if not paths:
         raise BadInput(f"{folder} has no features: they are saved by pqn.py and ppo.py with --save-features.")
     found = []
-    for path in sorted(paths, key=lambda path: int(path.stem)):
+    ordered = sorted(paths, key=lambda path: int(path.stem))
+    for path in ordered[:: max(1, len(ordered) // TIMES)]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 found.append(flat_pictures(file["obs"]) if of == "observations" else file["features"])

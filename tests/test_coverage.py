@@ -51,6 +51,14 @@ def test_samples_of_several_runs(tmp_path):
     assert features.tolist() == [[900] * 3] * 3 + [[1000] * 3] * 3
 
 
+def test_of_a_long_run_every_so_many_files_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(coverage, "TIMES", 3)
+    (tmp_path / "features").mkdir()
+    for step in range(11):
+        np.savez(tmp_path / f"features/{step}.npz", obs=np.zeros((1, 10, 10, 4), bool), features=[[step]])
+    assert coverage.samples_of(tmp_path, "features").ravel().tolist() == [0, 3, 6, 9]
+
+
 def test_shares_of_cells_by_hand():
     """Over the range of all settings: four corners, one point, and the middle line of cells."""
     corners = np.array([[0.0, 0.0], [0.0, 100.0], [100.0, 0.0], [100.0, 100.0]])

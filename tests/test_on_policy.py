@@ -53,7 +53,7 @@ class Script(gym.vector.VectorEnv):
     def reset(self, *, seed, options):
         which = options["reset_mask"]
         assert len(seed) == which.sum()
-        self.games[which] = seed - 1_000_003
+        self.games[which] = np.where(seed >= 0, seed - 1_000_003, self.games[which] + len(self.games))
         self.steps[which] = 0
         return self.frames(), {"lives": self.lives()}
 
@@ -283,11 +283,13 @@ def test_the_whole_loss_of_ppo(ppo):
     actions = rng.integers(3, size=5)
     expected = 0.0
     clipped = 0
+    divergence = 0.0
     normal = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
     for row in range(5):
         probabilities = np.exp(logits[row]) / np.exp(logits[row]).sum()
         ratio = probabilities[actions[row]] / np.exp(old_log_probs[row])
         clipped += abs(ratio - 1) > 0.2
+        divergence += (ratio - 1 - np.log(ratio)) / 5
         surrogate = min(ratio * normal[row], min(max(ratio, 0.8), 1.2) * normal[row])
         entropy = -sum(p * np.log(p) for p in probabilities)
         held = old_values[row] + min(max(values[row] - old_values[row], -0.2), 0.2)
@@ -299,6 +301,7 @@ def test_the_whole_loss_of_ppo(ppo):
     loss, terms = ppo.ppo_loss(network, ppo.Experience(None, *fields), args)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
     assert terms["clipfrac"].item() == pytest.approx(clipped / 5)
+    assert terms["approx_kl"].item() == pytest.approx(divergence, abs=1e-12)
 
 
 def test_entropy_of_equal_logits(ppo):
@@ -639,25 +642,46 @@ def test_the_measures_of_ppo_are_of_before_and_after_a_rollout(ppo, monkeypatch)
 
 
 # ---- games
-@pytest.mark.parametrize("env_id", ["ALE/Breakout-v5", "MinAtar/Asterix-v1"])
-def test_games_are_played_again_from_their_actions(pqn, env_id):
-    """Sticky actions, lost lives, games that are cut off; and no place's games depend on the others'."""
-    args = make_args(pqn, env_id=env_id, num_envs=3, sticky_actions=0.25, max_episode_steps=50, seed=5)
+@pytest.mark.parametrize(
+    "env_id, longest", [("ALE/Breakout-v5", 50), ("ALE/Breakout-v5", 27_000), ("MinAtar/Asterix-v1", 50)]
+)
+def test_games_are_played_again_from_their_actions(pqn, env_id, longest, monkeypatch):
+    """Sticky actions, lost lives, games that are cut off, some of them seeded; no place depends on the others'."""
+    steps = 210 if longest == 50 else 700
+    monkeypatch.setattr(pqn.Games, "seeded_for", 120 if longest == 50 else 220)
+    args = make_args(pqn, env_id=env_id, num_envs=3, sticky_actions=0.25, max_episode_steps=longest, seed=5)
     games = pqn.Games(args)
     rng = np.random.default_rng(0)
-    actions = rng.integers(3, size=(140, 3))
-    for chosen in actions[:130]:
-        games.step(chosen)
+    actions = rng.integers(3, size=(steps + 10, 3))
+    ended = sum([len(games.step(chosen)[-1]) for chosen in actions[:steps]])
+    assert ended > sum(games.numbers // 3) >= 3  # some games were seeded, not all
     state = copy.deepcopy(games.state_dict())
     again = pqn.Games(args)
     again.load_state_dict(state)
-    assert len({len(played) for played in again.actions}) > 1 or env_id.startswith("ALE")
-    for chosen in actions[130:]:
+    assert len({len(played) for played in again.actions}) > 1 or longest == 50
+    for chosen in actions[steps:]:
         assert np.array_equal(games.obs, again.obs)
         assert games.returns.tolist() == again.returns.tolist()
+        assert games.lengths.tolist() == again.lengths.tolist()
         left, right = games.step(chosen), again.step(chosen)
         assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
     assert games.numbers.tolist() == again.numbers.tolist()
+    assert games.actions == again.actions
+
+
+def test_an_emulator_is_seeded_now_and_then_alone(pqn, monkeypatch):
+    """It loads its cartridge again, which takes ten times as long as a reset."""
+    games = pqn.Games(make_args(pqn, env_id="ALE/Pong-v5", num_envs=2, max_episode_steps=10))
+    monkeypatch.setattr(games, "seeded_for", 25)
+    seeds = []
+    real = games.envs.reset
+    monkeypatch.setattr(
+        games.envs, "reset", lambda *, seed, options: seeds.append(seed) or real(seed=seed, options=options)
+    )
+    for _ in range(60):
+        games.step(np.array([2, 3]))
+    assert [seed.tolist() == [-1, -1] for seed in seeds] == [True, True, False, True, True, False]
+    assert len({*seeds[2], *seeds[5]}) == 4  # none twice
 
 
 def test_a_lost_life_ends_the_return_and_the_game_goes_on(pqn):
