@@ -725,7 +725,8 @@ def test_stopped_and_resumed(on_policy, kind):
     folder = stopped(on_policy, make_args(on_policy, **flags), stop_in_call, on_policy.Games, "step", 3)
     batch_steps = 8 * flags["num_envs"]
     assert contents(folder)["/global_step"] == batch_steps
-    stopped(on_policy, make_args(on_policy, resume=str(folder), **flags), stop_in_call, on_policy.Games, "step", 12)
+    again = 8 + 12  # steps: those of the first roll-out, and into the third
+    stopped(on_policy, make_args(on_policy, resume=str(folder), **flags), stop_in_call, on_policy.Games, "step", again)
     assert contents(folder)["/global_step"] == 3 * batch_steps
     on_policy.train(make_args(on_policy, resume=str(folder), **flags))
     check_same(whole, folder)
