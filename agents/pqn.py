@@ -350,7 +350,7 @@ def reset(envs, seed: int, stream: int, episode: int) -> np.ndarray:
 class Games:
     """Games side by side, each of its own length. One that ended is reset alone: no step is an autoreset's."""
 
-    seeded_for = 4_000  # steps in a place: to seed an emulator takes a tenth of a second
+    seeded_for = 4_000  # steps in a place: to seed an emulator takes two tenths of a second
 
     def __init__(self, args: Args):
         self.envs = make_env(args, args.num_envs)

@@ -670,7 +670,7 @@ def test_games_are_played_again_from_their_actions(pqn, env_id, longest, monkeyp
 
 
 def test_an_emulator_is_seeded_now_and_then_alone(pqn, monkeypatch):
-    """It loads its cartridge again, which takes ten times as long as a reset."""
+    """It loads its cartridge again, which takes many times as long as a reset."""
     games = pqn.Games(make_args(pqn, env_id="ALE/Pong-v5", num_envs=2, max_episode_steps=10))
     monkeypatch.setattr(games, "seeded_for", 25)
     seeds = []
