@@ -397,31 +397,29 @@ def reset(envs, seed: int, stream: int, episode: int) -> np.ndarray:
 class Games:
     """Games side by side, each of its own length. One that ended is reset alone: no step is an autoreset's."""
 
-    seeded_for = 4_000  # steps in a place: to seed an emulator takes two tenths of a second
-
     def __init__(self, args: Args):
         self.envs = make_env(args, args.num_envs)
         self.seed = args.seed
         self.lost_life_ends_return = args.lost_life_ends_return
+        self.seeded_for = 4_000  # steps of a place: a seed takes an emulator 0.2 s
         self.numbers = np.arange(args.num_envs)  # of the seed of each place
-        self.actions = [[] for _ in self.numbers]  # since it was seeded
-        self.lengths = np.zeros(args.num_envs, int)  # of the games that are played
+        self.actions = [[] for _ in self.numbers]  # since then
+        self.lengths = np.zeros(args.num_envs, int)  # of the games
         self.returns = np.zeros(args.num_envs)  # their raw rewards so far
         self.lives = np.zeros(args.num_envs)
         everywhere = np.ones(args.num_envs, bool)
         self.reset(everywhere, everywhere)
 
     def reset(self, which: np.ndarray, seeded: np.ndarray):
-        """Start the games of the places, (games,), that are true, by their numbers those that are `seeded`."""
-        seeds = (1_000_003 * self.seed + self.numbers) % 2**31  # int32; a run has a million of its own
-        for place in np.flatnonzero(seeded):
-            self.actions[place] = []
+        """Start the games of the places, (games,), that are true in `which`; seed those of them in `seeded`."""
+        self.actions = [[] if anew else played for played, anew in zip(self.actions, seeded, strict=True)]
+        seeds = np.where(seeded, (1_000_003 * self.seed + self.numbers) % 2**31, -1)  # -1: none
         if isinstance(self.envs, gym.vector.SyncVectorEnv):
-            seeds = [number if anew else None for number, anew in zip(seeds.tolist(), seeded, strict=True)]
+            seeds = [seed if seed >= 0 else None for seed in seeds.tolist()]
             for place in np.flatnonzero(which):
                 self.envs.envs[place].unwrapped.game.last_action = 0  # or its sticky action outlives a game
         else:
-            seeds = np.where(seeded, seeds, -1)[which]  # -1: without a seed
+            seeds = seeds[which]
         self.obs, infos = self.envs.reset(seed=seeds, options={"reset_mask": which})
         self.lengths[which] = 0
         self.returns[which] = 0
@@ -445,19 +443,17 @@ class Games:
             seeded = over & np.array([len(played) >= self.seeded_for for played in self.actions])
             self.numbers[seeded] += len(over)
             self.reset(over, seeded)
-        if self.lost_life_ends_return:
-            terminations = terminations | lost
+        terminations = terminations | (lost & self.lost_life_ends_return)
         return next_obs, rewards, terminations, truncations, ended_games
 
     def state_dict(self) -> dict:
         return {"numbers": self.numbers.tolist(), "actions": self.actions}
 
     def load_state_dict(self, state: dict):
-        """Play the games since the last seed of each place again: emulators are deterministic."""
+        """Play again what was played since the seeds: emulators are deterministic."""
         actions = state["actions"]
-        lengths = np.array([len(played) for played in actions])
-        for left in range(lengths.max(), -1, -1):  # steps to go; a place with fewer starts later
-            starts = lengths == left
+        for left in range(max(map(len, actions)), -1, -1):  # steps to go; some start later
+            starts = np.array([len(played) == left for played in actions])
             if starts.any():
                 self.numbers[starts] = np.array(state["numbers"])[starts]
                 self.reset(starts, starts)

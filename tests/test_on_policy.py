@@ -645,20 +645,19 @@ def test_the_measures_of_ppo_are_of_before_and_after_a_rollout(ppo, monkeypatch)
 @pytest.mark.parametrize(
     "env_id, longest", [("ALE/Breakout-v5", 50), ("ALE/Breakout-v5", 27_000), ("MinAtar/Asterix-v1", 50)]
 )
-def test_games_are_played_again_from_their_actions(pqn, env_id, longest, monkeypatch):
+def test_games_are_played_again_from_their_actions(pqn, env_id, longest):
     """Sticky actions, lost lives, games that are cut off, some of them seeded; no place depends on the others'."""
     steps = 210 if longest == 50 else 700
-    monkeypatch.setattr(pqn.Games, "seeded_for", 120 if longest == 50 else 220)
     args = make_args(pqn, env_id=env_id, num_envs=3, sticky_actions=0.25, max_episode_steps=longest, seed=5)
-    games = pqn.Games(args)
+    games, again = pqn.Games(args), pqn.Games(args)
+    games.seeded_for = again.seeded_for = 120 if longest == 50 else 220
     rng = np.random.default_rng(0)
     actions = rng.integers(3, size=(steps + 10, 3))
     ended = sum([len(games.step(chosen)[-1]) for chosen in actions[:steps]])
     assert ended > sum(games.numbers // 3) >= 3  # some games were seeded, not all
     state = copy.deepcopy(games.state_dict())
-    again = pqn.Games(args)
     again.load_state_dict(state)
-    assert len({len(played) for played in again.actions}) > 1 or longest == 50
+    assert len({len(played) for played in again.actions}) > 1 or (env_id.startswith("ALE") and longest == 50)
     for chosen in actions[steps:]:
         assert np.array_equal(games.obs, again.obs)
         assert games.returns.tolist() == again.returns.tolist()
@@ -672,7 +671,7 @@ def test_games_are_played_again_from_their_actions(pqn, env_id, longest, monkeyp
 def test_an_emulator_is_seeded_now_and_then_alone(pqn, monkeypatch):
     """It loads its cartridge again, which takes many times as long as a reset."""
     games = pqn.Games(make_args(pqn, env_id="ALE/Pong-v5", num_envs=2, max_episode_steps=10))
-    monkeypatch.setattr(games, "seeded_for", 25)
+    games.seeded_for = 25
     seeds = []
     real = games.envs.reset
     monkeypatch.setattr(

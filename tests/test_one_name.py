@@ -25,8 +25,8 @@ CEILINGS = {  # lines above the second banner, lines, bytes
     "cql_offline": (480, 960, 46_000),
     "sr_spr": (520, 1_020, 49_000),
     "bbf": (520, 1_020, 49_000),
-    "pqn": (320, 675, 32_500),
-    "ppo": (360, 728, 35_000),
+    "pqn": (320, 670, 32_000),
+    "ppo": (360, 725, 35_000),
 }
 LESSONS = [  # changed lines at most
     ("dqn", "qrdqn", 150),
