@@ -5,13 +5,14 @@
 # ///
 """BBF, bigger, better, faster (Schwarzer et al., 2023): SR-SPR with a large network and schedules after each reset.
 
-Read after sr_spr.py; differs in (1) IMPALA's convolutions, four times as wide, (2) returns that shrink from 10 steps to
-3 and a discount that grows, after each reset, (3) weight decay, (4) stronger resets, (5) two updates a step, not eight.
-Departs from the release as sr_spr.py does; the release's own runs sampled nearly uniformly, as --no-prioritized does.
+Read after sr_spr.py; differs in (1) IMPALA's network, every layer four times as wide, (2) schedules, at first and after
+each reset: n falls from 10 to 3, gamma grows, (3) weight decay, (4) stronger resets, (5) two updates a step, not eight.
+Departs from the release as sr_spr.py does; the published scores come from nearly uniform sampling: --no-prioritized.
 Published ablations:
-    BBF-Resets: --reset-interval 0            BBF-HarderResets: --shrink 0.8 --perturb 0.2    BBF-SPR: --spr-weight 0
-    BBF-Annealing: --initial-n-step 3 --initial-gamma 0.997      BBF+gamma=0.99: --initial-gamma 0.99 --gamma 0.99
-    BBF+n=10: --n-step 10                     BBF-WD: --weight-decay 0                BBF+sticky: --sticky-actions 0.25
+    BBF-Resets: --reset-interval 0    BBF-HarderResets: --shrink 0.8 --perturb 0.2    BBF-SPR: --spr-weight 0
+    BBF+n=10: --n-step 10             BBF+gamma=0.99: --initial-gamma 0.99 --gamma 0.99
+    BBF-WD: --weight-decay 0          BBF-Annealing: --initial-n-step 3 --initial-gamma 0.997
+    BBF+sticky: --sticky-actions 0.25
 
 400,000 frames, the benchmark (the paper's best: --replay-ratio 8):
     python agents/bbf.py --env-id ALE/Pong-v5
@@ -22,7 +23,6 @@ A minute on a CPU:
         --v-max 100 --image-pad 1
 """
 
-import bisect
 import copy
 import importlib.util
 import io
@@ -70,7 +70,7 @@ class Args:
     # ---- environment
     env_id: str = "ALE/Pong-v5"  # any ALE/<Game>-v5 or MinAtar/<Game>-v1
     sticky_actions: float = 0.0  # chance that a frame repeats the last action (ALE; MinAtar has 0.1)
-    noop_max: int = 30  # emulator frames of no-op before a game, fewer than this (ALE)
+    noop_max: int = 30  # random no-op frames before a game, fewer than this (ALE)
     frame_skip: int = 4  # emulator frames in an agent step (ALE)
     max_episode_steps: int = 27_000  # agent steps before a game is truncated
     terminal_on_life_loss: bool = True  # a lost life ends the return and the frame stack, not the game (ALE)
@@ -84,28 +84,28 @@ class Args:
     gamma: float = 0.997  # discount per agent step
     learning_starts: int = 2_000  # agent steps before the first update
     replay_ratio: int = 2  # updates at every agent step
-    tau: float = 0.005  # share of the online network in each step of the target network, a moving average
+    tau: float = 0.005  # share of the online network that each update mixes into the target network
     start_e: float = 1.0  # share of random actions at first
     end_e: float = 0.0  # share of random actions after the decay
     exploration_steps: int = 2_001  # agent steps of the decay, once learning starts
     network: Literal["dopamine", "nature", "dopamine-x4", "impala"] = "impala"  # convolutions (ALE)
-    width_scale: int = 4  # channels and units, times this
+    width_scale: int = 4  # factor on channels and units
     # ---- algorithm
     n_step: int = 3  # rewards in a return before it bootstraps
-    initial_n_step: int = 10  # --n-step at first and after a reset
-    initial_gamma: float = 0.97  # --gamma at first and after a reset
-    schedule_updates: int = 10_000  # updates from these to the final ones
+    initial_n_step: int = 10  # n at first and after a reset
+    initial_gamma: float = 0.97  # gamma at first and after a reset
+    schedule_updates: int = 10_000  # length of both schedules, in updates
     prioritized: bool = True  # sample transitions in proportion to their priority
-    n_atoms: int = 51  # returns that carry the distribution
-    v_min: float = -10.0  # smallest of these returns
-    v_max: float = 10.0  # largest of these returns
+    n_atoms: int = 51  # atoms of a return's distribution
+    v_min: float = -10.0  # return of the lowest atom
+    v_max: float = 10.0  # return of the highest atom
     image_pad: int = 4  # largest shift of an image, in pixels (0: none)
     intensity: float = 0.05  # standard deviation of an image's brightness factor
-    spr_steps: int = 5  # agent steps of prediction
+    spr_steps: int = 5  # K: agent steps predicted
     spr_weight: float = 5.0  # weight of the predictions' loss
-    reset_interval: int = 40_000  # updates between resets, in whole agent steps (0: none)
+    reset_interval: int = 40_000  # updates (not agent steps) between resets (0: none)
     shrink: float = 0.5  # what a reset leaves of encoder and transition model
-    perturb: float = 0.5  # what it adds of fresh ones
+    perturb: float = 0.5  # share of fresh ones that it adds
     keep_moments: bool = False  # keep Adam's moments of encoder and transition model in a reset
 
     def __post_init__(self):
@@ -143,7 +143,7 @@ def renormalise(latents: Tensor) -> Tensor:
     return (latents - low) / (high - low + 1e-5)
 
 
-SHRUNK = ("convolutions", "transition")  # what a reset does not make anew
+SHRUNK = ("convolutions", "transition")  # what a reset shrinks
 
 
 class BBFNetwork(nn.Module):
@@ -202,7 +202,7 @@ class BBFNetwork(nn.Module):
 
 
 def augment(obs: Tensor, image_pad: int, intensity: float) -> Tensor:
-    """Shift each image, repeating its edge, and scale its brightness: (batch, channels, side, side), about 0 to 1."""
+    """Shift each stack, repeating its edge, and scale its brightness: (batch, channels, side, side), about 0 to 1."""
     if obs.dtype == torch.bool:
         obs = obs.movedim(3, 1)  # MinAtar's channels to the front
     count, channels, side, _ = obs.shape
@@ -242,14 +242,14 @@ def project(probabilities: Tensor, atoms: Tensor, support: Tensor) -> Tensor:
     return ((1 - distance).clamp(min=0) * probabilities[:, None, :]).sum(dim=2)
 
 
-def latent_loss(q_network, latents: Tensor, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+def distribution_loss(q_network, latents: Tensor, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy, and Q(s_j, a_j), both (batch,)."""
     output = q_network.distributions(latents).take_along_dim(batch.actions[:, None, None], dim=1)[:, 0]
     return nn.functional.cross_entropy(output, targets, reduction="none"), q_network.mean(output)
 
 
 def prediction_loss(q_network, target_network, latents: Tensor, states: Tensor, actions: Tensor, masks: Tensor):
-    """Squared distances of predicted and true projections of the next K states, (batch,): SPR's eq. 2."""
+    """Mean squared distance of predicted and true projections over K states, (batch,): SPR's eq. 2."""
     predicted = []
     for step in range(masks.shape[1]):
         latents = q_network.advance(latents, actions[:, step])  # of s_{t+1+step}
@@ -258,18 +258,18 @@ def prediction_loss(q_network, target_network, latents: Tensor, states: Tensor, 
     with torch.no_grad():
         targets = target_network.projection(target_network.encode(states)).unflatten(0, masks.shape)
     cosines = nn.functional.cosine_similarity(predictions, targets, dim=2)
-    return (masks * (2 - 2 * cosines)).mean(dim=1)  # of unit vectors: 2 - 2 cos
+    return (masks * (2 - 2 * cosines)).mean(dim=1)  # of unit vectors
 
 
 def importance_weights(replay, rows: np.ndarray) -> Tensor:
-    """Undo the bias of the priorities, (batch,): Schaul et al., 2016, section 3.4, with beta 0.5."""
+    """Lessen the bias of the priorities, (batch,): Schaul et al., 2016, section 3.4, with beta 0.5."""
     weights = 1 / np.sqrt(replay.priorities.flat[rows] + 1e-10)
     return torch.from_numpy(weights / weights.max()).float().to(replay.device)
 
 
-def scheduled(updates: int, args: Args) -> tuple[int, float]:
-    """Return n and gamma so many updates after a reset: both change exponentially, gamma by its distance from 1."""
-    share = min(updates / args.schedule_updates, 1)
+def scheduled(since_reset: int, args: Args) -> tuple[int, float]:
+    """Return n and gamma this many updates after a reset: n and 1 - gamma decay exponentially."""
+    share = min(since_reset / args.schedule_updates, 1)
     n_step = args.initial_n_step * (args.n_step / args.initial_n_step) ** share
     distance = (1 - args.initial_gamma) * ((1 - args.gamma) / (1 - args.initial_gamma)) ** share
     return round(n_step), 1 - distance
@@ -277,8 +277,8 @@ def scheduled(updates: int, args: Args) -> tuple[int, float]:
 
 def updates_since_reset(global_step: int, resets: range, args: Args) -> int:
     """Return how many updates came before those of this step, since the last reset or the first update."""
-    past = resets[: bisect.bisect_left(resets, global_step)]
-    start = max([args.learning_starts, *past[-1:]])
+    past = [step for step in resets if step < global_step]
+    start = max([args.learning_starts, *past])
     return (global_step - 1 - start) * args.replay_ratio
 
 
@@ -291,7 +291,7 @@ def make_optimizer(q_network: nn.Module, args: Args) -> torch.optim.Optimizer:
 
 
 def reset_steps(args: Args) -> range:
-    """Return the agent steps with a reset: each has a whole interval before it, and one after it."""
+    """Return the agent steps with a reset, counted as in the release, while a whole interval is left."""
     interval = args.reset_interval // args.replay_ratio
     if interval == 0:
         return range(0)
@@ -314,7 +314,7 @@ def reset_moments(optimizer: torch.optim.Optimizer, q_network: nn.Module, args: 
 
 
 @torch.no_grad()
-def move_average(target_network: nn.Module, q_network: nn.Module, tau: float):
+def soft_update(target_network: nn.Module, q_network: nn.Module, tau: float):
     for average, parameter in zip(target_network.parameters(), q_network.parameters(), strict=True):
         average.lerp_(parameter, tau)
 
@@ -411,12 +411,12 @@ def train(args: Args) -> Path:
 
         # ---- learn
         if global_step > args.learning_starts:
-            recent_updates = updates_since_reset(global_step, resets, args)
+            since_reset = updates_since_reset(global_step, resets, args)
             for _ in range(args.replay_ratio):
-                n_step, gamma = scheduled(recent_updates, args)
-                recent_updates += 1
+                n_step, gamma = scheduled(since_reset, args)
+                since_reset += 1
                 batch = replay.sample(args.batch_size, n_step, gamma)
-                states, sequence, masks = replay.futures(batch.rows, args.spr_steps)
+                states, taken, masks = replay.futures(batch.rows, args.spr_steps)
                 obs_images = augment(batch.obs, args.image_pad, args.intensity)
                 next_images = augment(batch.next_obs, args.image_pad, args.intensity)
                 states = augment(states, args.image_pad, args.intensity)
@@ -424,8 +424,8 @@ def train(args: Args) -> Path:
 
                 targets = c51_target(q_network, target_network, batch)
                 latents = q_network.encode(batch.obs)
-                c51_losses, q_values = latent_loss(q_network, latents, batch, targets)
-                spr_losses = prediction_loss(q_network, target_network, latents, states, sequence, masks)
+                c51_losses, q_values = distribution_loss(q_network, latents, batch, targets)
+                spr_losses = prediction_loss(q_network, target_network, latents, states, taken, masks)
                 weights = importance_weights(replay, batch.rows)
                 loss = (weights * (c51_losses + args.spr_weight * spr_losses)).mean()
 
@@ -434,8 +434,8 @@ def train(args: Args) -> Path:
                 gradient_norm = nn.utils.get_total_norm([p.grad for p in q_network.parameters()])
                 check_finite(loss + gradient_norm, global_step, checkpoint)
                 optimizer.step()
-                move_average(target_network, q_network, args.tau)
-                if args.prioritized:
+                soft_update(target_network, q_network, args.tau)
+                if args.prioritized:  # else all stay 1
                     replay.update_priorities(batch.rows, c51_losses)
                 if args.diagnostics_frequency:
                     updates.append([loss.item(), gradient_norm.item()])
@@ -443,8 +443,9 @@ def train(args: Args) -> Path:
                 writer.add_scalar("losses/td_loss", (weights * c51_losses).mean(), global_step)
                 writer.add_scalar("losses/spr_loss", (weights * spr_losses).mean(), global_step)
                 writer.add_scalar("losses/q_values", q_values.mean(), global_step)
+                writer.add_scalar("charts/n_step", n_step, global_step)
         if global_step in resets:
-            for network in (q_network, target_network):
+            for network in (q_network, target_network):  # each a draw of its own
                 fresh = BBFNetwork(obs_space.shape, num_actions, args)
                 reset_network(network, fresh.to(device), args)
             reset_moments(optimizer, q_network, args)

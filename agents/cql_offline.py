@@ -80,7 +80,7 @@ class Args:
     # ---- environment
     env_id: str = "ALE/Pong-v5"  # any ALE/<Game>-v5 or MinAtar/<Game>-v1
     sticky_actions: float = 0.25  # chance that a frame repeats the last action (ALE; MinAtar has 0.1)
-    noop_max: int = 0  # emulator frames of no-op before a game, fewer than this (ALE)
+    noop_max: int = 0  # random no-op frames before a game, fewer than this (ALE)
     frame_skip: int = 4  # emulator frames in an agent step (ALE)
     max_episode_steps: int = 27_000  # agent steps before a game is truncated
     # ---- training
@@ -101,9 +101,9 @@ class Args:
     n_step: int = 1  # rewards in a return before it bootstraps
     cql_alpha: float | None = None  # weight of the CQL term, logsumexp Q - Q(a)
     dr3_coefficient: float | None = None  # weight of the DR3 term, |features . next features|
-    n_atoms: int = 51  # returns that carry the distribution
-    v_min: float = -10.0  # smallest of these returns
-    v_max: float = 10.0  # largest of these returns
+    n_atoms: int = 51  # atoms of a return's distribution
+    v_min: float = -10.0  # return of the lowest atom
+    v_max: float = 10.0  # return of the highest atom
 
     def __post_init__(self):
         for name, value in DEFAULTS[self.algorithm].items():

@@ -66,7 +66,7 @@ class Args:
     # ---- environment
     env_id: str = "ALE/Pong-v5"  # any ALE/<Game>-v5 or MinAtar/<Game>-v1
     sticky_actions: float = 0.0  # chance that a frame repeats the last action (ALE; MinAtar has 0.1)
-    noop_max: int = 30  # emulator frames of no-op before a game, fewer than this (ALE)
+    noop_max: int = 30  # random no-op frames before a game, fewer than this (ALE)
     frame_skip: int = 4  # emulator frames in an agent step (ALE)
     max_episode_steps: int = 27_000  # agent steps before a game is truncated
     terminal_on_life_loss: bool = True  # a lost life ends the return and the frame stack, not the game (ALE)
@@ -86,9 +86,9 @@ class Args:
     network: Literal["dopamine", "nature", "dopamine-x4", "impala"] = "dopamine"  # convolutions (ALE)
     # ---- algorithm
     n_step: int = 10  # rewards in a return before it bootstraps
-    n_atoms: int = 51  # returns that carry the distribution
-    v_min: float = -10.0  # smallest of these returns
-    v_max: float = 10.0  # largest of these returns
+    n_atoms: int = 51  # atoms of a return's distribution
+    v_min: float = -10.0  # return of the lowest atom
+    v_max: float = 10.0  # return of the highest atom
     noisy_sigma: float = 0.1  # initial noise, times the root of a layer's inputs
 
     def __post_init__(self):
@@ -207,7 +207,7 @@ def c51_loss(q_network: C51Network, batch: Batch, targets: Tensor) -> tuple[Tens
 
 
 def importance_weights(replay, rows: np.ndarray) -> Tensor:
-    """Undo the bias of the priorities, (batch,): Schaul et al., 2016, section 3.4, with beta 0.5."""
+    """Lessen the bias of the priorities, (batch,): Schaul et al., 2016, section 3.4, with beta 0.5."""
     weights = 1 / np.sqrt(replay.priorities.flat[rows] + 1e-10)
     return torch.from_numpy(weights / weights.max()).float().to(replay.device)
 

@@ -63,7 +63,7 @@ class Args:
     # ---- environment
     env_id: str = "ALE/Pong-v5"  # any ALE/<Game>-v5 or MinAtar/<Game>-v1
     sticky_actions: float = 0.25  # chance that a frame repeats the last action (ALE; MinAtar has 0.1)
-    noop_max: int = 0  # emulator frames of no-op before a game, fewer than this (ALE)
+    noop_max: int = 0  # random no-op frames before a game, fewer than this (ALE)
     frame_skip: int = 4  # emulator frames in an agent step (ALE)
     max_episode_steps: int = 27_000  # agent steps before a game is truncated
     # ---- training

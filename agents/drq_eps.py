@@ -64,7 +64,7 @@ class Args:
     # ---- environment
     env_id: str = "ALE/Pong-v5"  # any ALE/<Game>-v5 or MinAtar/<Game>-v1
     sticky_actions: float = 0.0  # chance that a frame repeats the last action (ALE; MinAtar has 0.1)
-    noop_max: int = 30  # emulator frames of no-op before a game, fewer than this (ALE)
+    noop_max: int = 30  # random no-op frames before a game, fewer than this (ALE)
     frame_skip: int = 4  # emulator frames in an agent step (ALE)
     max_episode_steps: int = 27_000  # agent steps before a game is truncated
     terminal_on_life_loss: bool = True  # a lost life ends the return and the frame stack, not the game (ALE)
@@ -128,7 +128,7 @@ class DuelingNetwork(nn.Module):
 
 
 def augment(obs: Tensor, image_pad: int, intensity: float) -> Tensor:
-    """Shift each image, repeating its edge, and scale its brightness: (batch, channels, side, side), about 0 to 1."""
+    """Shift each stack, repeating its edge, and scale its brightness: (batch, channels, side, side), about 0 to 1."""
     if obs.dtype == torch.bool:
         obs = obs.movedim(3, 1)  # MinAtar's channels to the front
     count, channels, side, _ = obs.shape

@@ -5,10 +5,10 @@
 # ///
 """SPR (Schwarzer et al., 2021): a data-efficient Rainbow that also predicts its own latent future.
 
-Read after der.py and drq_eps.py; differs from der.py in (1) latents, which a transition model carries on, (2) the loss
+Read after der.py and drq_eps.py; differs from der.py in (1) latents that a transition model unrolls, (2) the loss
 of these predictions, (3) sequences from the replay, (4) augmented images, (5) two updates a step, (6) epsilon in
-the first 4,000 steps. Departs from the paper as Dopamine does: SAME padding, no batch normalisation, weight 5 on the
-mean of the K losses.
+the first 4,000 steps, (7) a target copied at every step. Departs from the paper as Dopamine does: SAME padding,
+no batch normalisation, no clipped gradients.
 
 400,000 frames, the benchmark (the study's 30 million: --batch-size 8 --total-timesteps 7500000):
     python agents/spr.py --env-id ALE/Pong-v5
@@ -65,7 +65,7 @@ class Args:
     # ---- environment
     env_id: str = "ALE/Pong-v5"  # any ALE/<Game>-v5 or MinAtar/<Game>-v1
     sticky_actions: float = 0.0  # chance that a frame repeats the last action (ALE; MinAtar has 0.1)
-    noop_max: int = 30  # emulator frames of no-op before a game, fewer than this (ALE)
+    noop_max: int = 30  # random no-op frames before a game, fewer than this (ALE)
     frame_skip: int = 4  # emulator frames in an agent step (ALE)
     max_episode_steps: int = 27_000  # agent steps before a game is truncated
     terminal_on_life_loss: bool = True  # a lost life ends the return and the frame stack, not the game (ALE)
@@ -86,13 +86,13 @@ class Args:
     network: Literal["dopamine", "nature", "dopamine-x4", "impala"] = "dopamine"  # convolutions (ALE)
     # ---- algorithm
     n_step: int = 10  # rewards in a return before it bootstraps
-    n_atoms: int = 51  # returns that carry the distribution
-    v_min: float = -10.0  # smallest of these returns
-    v_max: float = 10.0  # largest of these returns
+    n_atoms: int = 51  # atoms of a return's distribution
+    v_min: float = -10.0  # return of the lowest atom
+    v_max: float = 10.0  # return of the highest atom
     noisy_sigma: float = 0.5  # initial noise, times the root of a layer's inputs
     image_pad: int = 4  # largest shift of an image, in pixels (0: none)
     intensity: float = 0.05  # standard deviation of an image's brightness factor
-    spr_steps: int = 5  # agent steps of prediction
+    spr_steps: int = 5  # K: agent steps predicted
     spr_weight: float = 5.0  # weight of the predictions' loss
 
     def __post_init__(self):
@@ -191,7 +191,7 @@ class SPRNetwork(nn.Module):
         return renormalise(self.transition(inputs).flatten(1))
 
     def projection(self, latents: Tensor) -> Tensor:
-        """The first layer without its noise."""
+        """The dense layer without its noise."""
         return nn.functional.linear(latents, self.dense[0].weight, self.dense[0].bias)
 
     def distributions(self, latents: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class SPRNetwork(nn.Module):
 
 
 def augment(obs: Tensor, image_pad: int, intensity: float) -> Tensor:
-    """Shift each image, repeating its edge, and scale its brightness: (batch, channels, side, side), about 0 to 1."""
+    """Shift each stack, repeating its edge, and scale its brightness: (batch, channels, side, side), about 0 to 1."""
     if obs.dtype == torch.bool:
         obs = obs.movedim(3, 1)  # MinAtar's channels to the front
     count, channels, side, _ = obs.shape
@@ -253,14 +253,14 @@ def project(probabilities: Tensor, atoms: Tensor, support: Tensor) -> Tensor:
     return ((1 - distance).clamp(min=0) * probabilities[:, None, :]).sum(dim=2)
 
 
-def latent_loss(q_network, latents: Tensor, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+def distribution_loss(q_network, latents: Tensor, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy, and Q(s_j, a_j), both (batch,)."""
     output = q_network.distributions(latents).take_along_dim(batch.actions[:, None, None], dim=1)[:, 0]
     return nn.functional.cross_entropy(output, targets, reduction="none"), q_network.mean(output)
 
 
 def prediction_loss(q_network, target_network, latents: Tensor, states: Tensor, actions: Tensor, masks: Tensor):
-    """Squared distances of predicted and true projections of the next K states, (batch,): SPR's eq. 2."""
+    """Mean squared distance of predicted and true projections over K states, (batch,): SPR's eq. 2."""
     predicted = []
     for step in range(masks.shape[1]):
         latents = q_network.advance(latents, actions[:, step])  # of s_{t+1+step}
@@ -269,11 +269,11 @@ def prediction_loss(q_network, target_network, latents: Tensor, states: Tensor, 
     with torch.no_grad():
         targets = target_network.projection(target_network.encode(states)).unflatten(0, masks.shape)
     cosines = nn.functional.cosine_similarity(predictions, targets, dim=2)
-    return (masks * (2 - 2 * cosines)).mean(dim=1)  # of unit vectors: 2 - 2 cos
+    return (masks * (2 - 2 * cosines)).mean(dim=1)  # of unit vectors
 
 
 def importance_weights(replay, rows: np.ndarray) -> Tensor:
-    """Undo the bias of the priorities, (batch,): Schaul et al., 2016, section 3.4, with beta 0.5."""
+    """Lessen the bias of the priorities, (batch,): Schaul et al., 2016, section 3.4, with beta 0.5."""
     weights = 1 / np.sqrt(replay.priorities.flat[rows] + 1e-10)
     return torch.from_numpy(weights / weights.max()).float().to(replay.device)
 
@@ -370,7 +370,7 @@ def train(args: Args) -> Path:
         if global_step > args.learning_starts and global_step % args.train_frequency == 0:
             for _ in range(args.updates_per_step):
                 batch = replay.sample(args.batch_size, args.n_step, args.gamma)
-                states, sequence, masks = replay.futures(batch.rows, args.spr_steps)
+                states, taken, masks = replay.futures(batch.rows, args.spr_steps)
                 obs_images = augment(batch.obs, args.image_pad, args.intensity)
                 next_images = augment(batch.next_obs, args.image_pad, args.intensity)
                 states = augment(states, args.image_pad, args.intensity)
@@ -380,8 +380,8 @@ def train(args: Args) -> Path:
                 targets = c51_target(q_network, target_network, batch)
                 draw_noise(q_network)
                 latents = q_network.encode(batch.obs)
-                c51_losses, q_values = latent_loss(q_network, latents, batch, targets)
-                spr_losses = prediction_loss(q_network, target_network, latents, states, sequence, masks)
+                c51_losses, q_values = distribution_loss(q_network, latents, batch, targets)
+                spr_losses = prediction_loss(q_network, target_network, latents, states, taken, masks)
                 weights = importance_weights(replay, batch.rows)
                 loss = (weights * (c51_losses + args.spr_weight * spr_losses)).mean()
 

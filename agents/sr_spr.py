@@ -3,14 +3,14 @@
 # dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "ale-py==0.12.1", "minatar==1.0.15", "stable-baselines3==2.9.2",
 #   "tyro==1.0.17", "numpy==2.4.6", "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2"]
 # ///
-"""SR-SPR (D'Oro et al., 2023): SPR that learns eight times from every step, and starts anew now and then.
+"""SR-SPR (D'Oro et al., 2023): SPR with eight updates at every step, which starts anew now and then.
 
 Read after spr.py; differs in (1) resets: projection, predictor and head are made anew, encoder and transition model
 shrunk and perturbed, (2) many updates a step, 40,000 of them between resets whatever the ratio, (3) a target network
 that is a moving average and acts, (4) no noisy layers, as in the release that came with BBF; the paper has them.
-Departs from this release: a prediction is masked only once the episode, or life, is over, each row has a priority of
-its own (the release's priorities reached almost none), returns bootstrap from s_{t+n}, images shift by up to 4 pixels
-both ways. A reset clears all of Adam, as in the release, which meant what --keep-moments does.
+Departs from this release: a prediction is masked only once the episode, or life, is over; each row has a priority of
+its own (the release's reached almost none); returns bootstrap from s_{t+n}, not s_{t+n-1}; images shift by -4 to 4
+pixels, not -4 to 3. A reset clears all of Adam: so the release ran, though it meant --keep-moments.
 
 400,000 frames, the benchmark (the paper's best: --replay-ratio 16):
     python agents/sr_spr.py --env-id ALE/Pong-v5
@@ -68,7 +68,7 @@ class Args:
     # ---- environment
     env_id: str = "ALE/Pong-v5"  # any ALE/<Game>-v5 or MinAtar/<Game>-v1
     sticky_actions: float = 0.0  # chance that a frame repeats the last action (ALE; MinAtar has 0.1)
-    noop_max: int = 30  # emulator frames of no-op before a game, fewer than this (ALE)
+    noop_max: int = 30  # random no-op frames before a game, fewer than this (ALE)
     frame_skip: int = 4  # emulator frames in an agent step (ALE)
     max_episode_steps: int = 27_000  # agent steps before a game is truncated
     terminal_on_life_loss: bool = True  # a lost life ends the return and the frame stack, not the game (ALE)
@@ -81,23 +81,23 @@ class Args:
     gamma: float = 0.99  # discount per agent step
     learning_starts: int = 2_000  # agent steps before the first update
     replay_ratio: int = 8  # updates at every agent step
-    tau: float = 0.005  # share of the online network in each step of the target network, a moving average
+    tau: float = 0.005  # share of the online network that each update mixes into the target network
     start_e: float = 1.0  # share of random actions at first
     end_e: float = 0.0  # share of random actions after the decay
     exploration_steps: int = 2_001  # agent steps of the decay, once learning starts
     network: Literal["dopamine", "nature", "dopamine-x4", "impala"] = "dopamine"  # convolutions (ALE)
     # ---- algorithm
     n_step: int = 10  # rewards in a return before it bootstraps
-    n_atoms: int = 51  # returns that carry the distribution
-    v_min: float = -10.0  # smallest of these returns
-    v_max: float = 10.0  # largest of these returns
+    n_atoms: int = 51  # atoms of a return's distribution
+    v_min: float = -10.0  # return of the lowest atom
+    v_max: float = 10.0  # return of the highest atom
     image_pad: int = 4  # largest shift of an image, in pixels (0: none)
     intensity: float = 0.05  # standard deviation of an image's brightness factor
-    spr_steps: int = 5  # agent steps of prediction
+    spr_steps: int = 5  # K: agent steps predicted
     spr_weight: float = 5.0  # weight of the predictions' loss
-    reset_interval: int = 40_000  # updates between resets, in whole agent steps (0: none)
+    reset_interval: int = 40_000  # updates (not agent steps) between resets (0: none)
     shrink: float = 0.8  # what a reset leaves of encoder and transition model
-    perturb: float = 0.2  # what it adds of fresh ones
+    perturb: float = 0.2  # share of fresh ones that it adds
     keep_moments: bool = False  # keep Adam's moments of encoder and transition model in a reset
 
     def __post_init__(self):
@@ -129,7 +129,7 @@ def renormalise(latents: Tensor) -> Tensor:
     return (latents - low) / (high - low + 1e-5)
 
 
-SHRUNK = ("convolutions", "transition")  # what a reset does not make anew
+SHRUNK = ("convolutions", "transition")  # what a reset shrinks
 
 
 class SRSPRNetwork(nn.Module):
@@ -188,7 +188,7 @@ class SRSPRNetwork(nn.Module):
 
 
 def augment(obs: Tensor, image_pad: int, intensity: float) -> Tensor:
-    """Shift each image, repeating its edge, and scale its brightness: (batch, channels, side, side), about 0 to 1."""
+    """Shift each stack, repeating its edge, and scale its brightness: (batch, channels, side, side), about 0 to 1."""
     if obs.dtype == torch.bool:
         obs = obs.movedim(3, 1)  # MinAtar's channels to the front
     count, channels, side, _ = obs.shape
@@ -228,14 +228,14 @@ def project(probabilities: Tensor, atoms: Tensor, support: Tensor) -> Tensor:
     return ((1 - distance).clamp(min=0) * probabilities[:, None, :]).sum(dim=2)
 
 
-def latent_loss(q_network, latents: Tensor, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+def distribution_loss(q_network, latents: Tensor, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy, and Q(s_j, a_j), both (batch,)."""
     output = q_network.distributions(latents).take_along_dim(batch.actions[:, None, None], dim=1)[:, 0]
     return nn.functional.cross_entropy(output, targets, reduction="none"), q_network.mean(output)
 
 
 def prediction_loss(q_network, target_network, latents: Tensor, states: Tensor, actions: Tensor, masks: Tensor):
-    """Squared distances of predicted and true projections of the next K states, (batch,): SPR's eq. 2."""
+    """Mean squared distance of predicted and true projections over K states, (batch,): SPR's eq. 2."""
     predicted = []
     for step in range(masks.shape[1]):
         latents = q_network.advance(latents, actions[:, step])  # of s_{t+1+step}
@@ -244,17 +244,17 @@ def prediction_loss(q_network, target_network, latents: Tensor, states: Tensor, 
     with torch.no_grad():
         targets = target_network.projection(target_network.encode(states)).unflatten(0, masks.shape)
     cosines = nn.functional.cosine_similarity(predictions, targets, dim=2)
-    return (masks * (2 - 2 * cosines)).mean(dim=1)  # of unit vectors: 2 - 2 cos
+    return (masks * (2 - 2 * cosines)).mean(dim=1)  # of unit vectors
 
 
 def importance_weights(replay, rows: np.ndarray) -> Tensor:
-    """Undo the bias of the priorities, (batch,): Schaul et al., 2016, section 3.4, with beta 0.5."""
+    """Lessen the bias of the priorities, (batch,): Schaul et al., 2016, section 3.4, with beta 0.5."""
     weights = 1 / np.sqrt(replay.priorities.flat[rows] + 1e-10)
     return torch.from_numpy(weights / weights.max()).float().to(replay.device)
 
 
 def reset_steps(args: Args) -> range:
-    """Return the agent steps with a reset: each has a whole interval before it, and one after it."""
+    """Return the agent steps with a reset, counted as in the release, while a whole interval is left."""
     interval = args.reset_interval // args.replay_ratio
     if interval == 0:
         return range(0)
@@ -277,7 +277,7 @@ def reset_moments(optimizer: torch.optim.Optimizer, q_network: nn.Module, args: 
 
 
 @torch.no_grad()
-def move_average(target_network: nn.Module, q_network: nn.Module, tau: float):
+def soft_update(target_network: nn.Module, q_network: nn.Module, tau: float):
     for average, parameter in zip(target_network.parameters(), q_network.parameters(), strict=True):
         average.lerp_(parameter, tau)
 
@@ -375,7 +375,7 @@ def train(args: Args) -> Path:
         if global_step > args.learning_starts:
             for _ in range(args.replay_ratio):
                 batch = replay.sample(args.batch_size, args.n_step, args.gamma)
-                states, sequence, masks = replay.futures(batch.rows, args.spr_steps)
+                states, taken, masks = replay.futures(batch.rows, args.spr_steps)
                 obs_images = augment(batch.obs, args.image_pad, args.intensity)
                 next_images = augment(batch.next_obs, args.image_pad, args.intensity)
                 states = augment(states, args.image_pad, args.intensity)
@@ -383,8 +383,8 @@ def train(args: Args) -> Path:
 
                 targets = c51_target(q_network, target_network, batch)
                 latents = q_network.encode(batch.obs)
-                c51_losses, q_values = latent_loss(q_network, latents, batch, targets)
-                spr_losses = prediction_loss(q_network, target_network, latents, states, sequence, masks)
+                c51_losses, q_values = distribution_loss(q_network, latents, batch, targets)
+                spr_losses = prediction_loss(q_network, target_network, latents, states, taken, masks)
                 weights = importance_weights(replay, batch.rows)
                 loss = (weights * (c51_losses + args.spr_weight * spr_losses)).mean()
 
@@ -393,7 +393,7 @@ def train(args: Args) -> Path:
                 gradient_norm = nn.utils.get_total_norm([p.grad for p in q_network.parameters()])
                 check_finite(loss + gradient_norm, global_step, checkpoint)
                 optimizer.step()
-                move_average(target_network, q_network, args.tau)
+                soft_update(target_network, q_network, args.tau)
                 replay.update_priorities(batch.rows, c51_losses)
                 if args.diagnostics_frequency:
                     updates.append([loss.item(), gradient_norm.item()])
@@ -402,7 +402,7 @@ def train(args: Args) -> Path:
                 writer.add_scalar("losses/spr_loss", (weights * spr_losses).mean(), global_step)
                 writer.add_scalar("losses/q_values", q_values.mean(), global_step)
         if global_step in resets:
-            for network in (q_network, target_network):
+            for network in (q_network, target_network):  # each a draw of its own
                 fresh = SRSPRNetwork(obs_space.shape, num_actions, args)
                 reset_network(network, fresh.to(device), args)
             reset_moments(optimizer, q_network, args)

@@ -84,12 +84,12 @@ def make_parts(args: Args, device: torch.device) -> dict[str, Callable[[], None]
         shifted_batch = batch._replace(obs=shifted, next_obs=next_shifted)
         targets = module.c51_target(q_network, target_network, shifted_batch)
         latents = q_network.encode(shifted)
-        losses, _ = module.latent_loss(q_network, latents, shifted_batch, targets)
+        losses, _ = module.distribution_loss(q_network, latents, shifted_batch, targets)
         spr_losses = module.prediction_loss(q_network, target_network, latents, states_shifted, sequence, masks)
         optimizer.zero_grad()
         (losses + flags.spr_weight * spr_losses).mean().backward()
         optimizer.step()
-        module.move_average(target_network, q_network, flags.tau)
+        module.soft_update(target_network, q_network, flags.tau)
 
     return {"matrix product": product, "update": update, "augmentation": augment, "roll-out": roll_out}
 

@@ -88,7 +88,7 @@ HEIRS = {
     "bbf without schedules": {"initial_n_step": 3, "initial_gamma": 0.997},
     "bbf without self-prediction": {"spr_weight": 0.0},
 }
-HEIRS_IN_MINATAR = {  # one update a step: a night on two cores
+HEIRS_IN_MINATAR = {  # one update a step: a day on two cores
     "spr": {"agent": "spr", "updates_per_step": 1, "batch_size": 8},
     "sr_spr": {"agent": "sr_spr"},
 }

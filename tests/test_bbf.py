@@ -240,18 +240,18 @@ def test_the_moving_average_after_three_updates(module):
             new = rng.normal(size=parameter.shape)
             parameter.data.copy_(torch.from_numpy(new))
             expected[name] = 0.995 * expected[name] + 0.005 * new
-        module.move_average(target, online, 0.005)
+        module.soft_update(target, online, 0.005)
     for name, parameter in target.named_parameters():
         np.testing.assert_allclose(parameter.detach().numpy(), expected[name], atol=1e-6)
 
 
 def test_the_average_moves_after_every_update_and_acts(module, monkeypatch):
     moved, acting = [], []
-    move_average, act, evaluate = module.move_average, module.act, module.evaluate
+    soft_update, act, evaluate = module.soft_update, module.act, module.evaluate
 
     def watch_move(target_network, q_network, tau):
         moved.append((target_network, q_network, tau))
-        move_average(target_network, q_network, tau)
+        soft_update(target_network, q_network, tau)
 
     def watch_act(network, *others):
         acting.append(network)
@@ -261,7 +261,7 @@ def test_the_average_moves_after_every_update_and_acts(module, monkeypatch):
         assert network is moved[0][0]
         evaluate(args, envs, network, *others)
 
-    monkeypatch.setattr(module, "move_average", watch_move)
+    monkeypatch.setattr(module, "soft_update", watch_move)
     monkeypatch.setattr(module, "act", watch_act)
     monkeypatch.setattr(module, "evaluate", watch_evaluate)
     module.train(make_args(module, total_timesteps=120, replay_ratio=3, tau=0.02))
@@ -340,7 +340,7 @@ def test_parameters_and_operations_of_the_full_network(module):
     with FlopCounterMode(display=False) as counter:
         targets = module.c51_target(network, target_network, batch)
         latents = network.encode(batch.obs)
-        losses, _ = module.latent_loss(network, latents, batch, targets)
+        losses, _ = module.distribution_loss(network, latents, batch, targets)
         losses = losses + module.prediction_loss(network, target_network, latents, states, sequence, masks)
         losses.mean().backward()
     assert counter.get_total_flops() / 1e9 == pytest.approx(GIGAFLOPS[name_of(module)], rel=0.02)

@@ -201,7 +201,7 @@ def test_c51_against_a_loop(name, double, request):
     else:
         online.distributions = online.forward
         targets = module.c51_target(online, target, batch)
-        losses, q_values = module.latent_loss(online, batch.obs, batch, targets)
+        losses, q_values = module.distribution_loss(online, batch.obs, batch, targets)
 
     def slow_softmax(x):
         return np.exp(x) / np.exp(x).sum()

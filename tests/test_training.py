@@ -354,6 +354,9 @@ def test_the_run_folder(agent, monkeypatch):
     tags |= {"losses/td_loss", "losses/q_values", "eval/episodic_return"}
     if name_of(agent) in PREDICTING:
         tags.add("losses/spr_loss")
+    if name_of(agent) == "bbf":
+        tags.add("charts/n_step")
+        assert logged["charts/n_step"] == [(2_000, 5)]  # 10 * 0.3^(19/30) = 4.7: the 20th update, of 30 that fall to 3
     assert {tag for tag in logged if not tag.startswith("diagnostics/")} == tags
     assert len(logged) == len(tags) + 5
     assert logged["charts/SPS"] == [(1_000, pytest.approx(100)), (2_000, pytest.approx(500))]
