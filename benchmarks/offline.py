@@ -132,11 +132,13 @@ def levels_of(args: Args) -> dict[str, dict[str, float]]:
 
 
 # ---- runs
+def key_of(run: dict) -> tuple[str, ...]:
+    """A run's place in the table of results."""
+    return tuple(str(run[name]) for name in KEYS)
+
+
 def measure(args: Args, wanted: dict):
-    """Train one run, {name of KEYS: value}, and add its result to the file, unless it is in there."""
-    key = tuple(str(wanted[name]) for name in KEYS)
-    if key in known(args.results, KEYS, "score"):
-        return
+    """Train one run, {name of KEYS: value}, and add its result to the file."""
     folder = dataset_of(args, wanted["game"], wanted["data"])
     flags = SETTINGS | {name: wanted[name] for name in KEYS if name not in ("game", "data")}
     flags["env_id"] = wanted["game"]
@@ -145,15 +147,14 @@ def measure(args: Args, wanted: dict):
     flags["iteration_steps"] = args.total_timesteps // 2
     run = train(args.folder, "cql_offline", flags)
     _, returns = scalars(run)["eval/episodic_return"]
-    add_row(args.results, [*KEYS, "score", "git_commit"], [*key, f"{returns[-1]:.4f}", commit_of(run)])
+    add_row(args.results, [*KEYS, "score", "git_commit"], [*key_of(wanted), f"{returns[-1]:.4f}", commit_of(run)])
 
 
 # ---- table and figure
 def scores_of(args: Args, results: dict, setting: dict) -> np.ndarray:
     """The scores of the seeds that are there, of {name of KEYS: value} but for seed and length."""
     wanted = [setting | {"seed": seed, "total_timesteps": args.total_timesteps} for seed in seeds_of(args)]
-    keys = [tuple(str(one[name]) for name in KEYS) for one in wanted]
-    return np.array([results[key] for key in keys if key in results])
+    return np.array([results[key_of(one)] for one in wanted if key_of(one) in results])
 
 
 def chance(args: Args, results: dict, ours: dict, theirs: dict) -> str:
@@ -245,8 +246,10 @@ def main(args: Args):
             dict(zip(KEYS, (game, data, algorithm, n_step, batch, seed, args.total_timesteps), strict=True))
             for seed, data, n_step, batch, algorithm, game in grid
         ]
+        wanted = [one for one in wanted if key_of(one) not in known(args.results, KEYS, "score")]
+        games = list(dict.fromkeys(one["game"] for one in wanted))
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda game: record(args, game), args.games))
+            list(pool.map(lambda game: record(args, game), games))
             list(pool.map(lambda one: measure(args, one), wanted))
     table(args)
 

@@ -197,3 +197,19 @@ def test_runs_stand_beside_those_of_their_replay_ratio(script, tmp_path, capsys)
     assert rows[1].startswith("| der, Pong | 1 | -13.90 | ")
     assert rows[2].endswith(f"| {sum(score < -3 for score in published['SPR', '', 'Pong'])} of 100 |")
     assert (tmp_path / "figure.png").stat().st_size > 5_000
+
+
+def test_results_that_are_there_are_not_made_again(script, monkeypatch, capsys):
+    """In a fresh clone the offline table is complete: no recording is made, which would change what its scores mean."""
+    offline = script("offline")
+    for name in ("record", "measure"):
+        monkeypatch.setattr(offline, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    offline.main(offline.Args())
+    assert "| all | dqn | 1 | 8 |" in capsys.readouterr().out
+
+    made = []
+    monkeypatch.setattr(offline, "record", lambda args, game: made.append(game))
+    monkeypatch.setattr(offline, "measure", lambda args, one: made.append(one["seed"]))
+    monkeypatch.setattr(offline, "table", lambda args: None)
+    offline.main(offline.Args(games=("MinAtar/Breakout-v1",), data=("all",), algorithms=("dqn",), seeds=4))
+    assert made == ["MinAtar/Breakout-v1", 4, 4, 4, 4]
