@@ -143,7 +143,7 @@ def renormalise(latents: Tensor) -> Tensor:
     return (latents - low) / (high - low + 1e-5)
 
 
-SHRUNK = ("convolutions", "transition")  # what a reset shrinks
+SHRUNK = ("convolutions", "transition")  # a reset keeps a share of them
 
 
 class BBFNetwork(nn.Module):

@@ -246,7 +246,8 @@ def main(args: Args):
             dict(zip(KEYS, (game, data, algorithm, n_step, batch, seed, args.total_timesteps), strict=True))
             for seed, data, n_step, batch, algorithm, game in grid
         ]
-        wanted = [one for one in wanted if key_of(one) not in known(args.results, KEYS, "score")]
+        results = known(args.results, KEYS, "score")
+        wanted = [one for one in wanted if key_of(one) not in results]
         games = list(dict.fromkeys(one["game"] for one in wanted))
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda game: record(args, game), games))

@@ -204,6 +204,17 @@ def test_training_follows_the_schedules(bbf, monkeypatch):
     assert used == expected
 
 
+def test_updates_since_a_reset_by_counting(bbf):
+    """Over three resets: each begins the count anew."""
+    args = make_args(bbf, total_timesteps=700, replay_ratio=2, reset_interval=280)
+    resets = bbf.reset_steps(args)
+    assert len(resets) == 3
+    count = 0
+    for step in range(args.learning_starts + 1, 701):
+        assert bbf.updates_since_reset(step, resets, args) == count
+        count = 0 if step in resets else count + 2
+
+
 @pytest.mark.parametrize("stack", [4, 1])
 def test_the_same_rows_with_other_returns(sr_spr, stack):
     """A batch with n = 10, and the same rows with n = 3, from one replay, against the scripted games."""
