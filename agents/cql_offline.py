@@ -67,7 +67,7 @@ DEFAULTS["cql-c51"].update(target_network_frequency=400, data_fraction=0.05)
 @dataclass
 class Args:
     # ---- run
-    exp_name: str = "cql_offline"  # part of the run folder's name
+    exp_name: str = Path(__file__).stem  # names the folder
     seed: int = 1  # seed of every random generator
     cuda: bool = True  # use a GPU where there is one
     track: bool = False  # mirror the log to Weights & Biases

@@ -49,7 +49,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # ---- run
-    exp_name: str = "dqn"  # part of the run folder's name
+    exp_name: str = Path(__file__).stem  # names the folder
     seed: int = 1  # seed of every random generator
     cuda: bool = True  # use a GPU where there is one
     track: bool = False  # mirror the log to Weights & Biases

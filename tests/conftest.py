@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from sync import AGENTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
 ROOT = Path(__file__).resolve().parent.parent
-AGENTS = sorted((ROOT / "agents").glob("*.py"))
 ON_POLICY = ("pqn", "ppo")
 ONLINE = [path for path in AGENTS if path.stem not in ("cql_offline", *ON_POLICY)]  # with a replay of their games
 

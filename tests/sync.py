@@ -2,14 +2,16 @@
 
     python tests/sync.py agents/dqn.py
 
-overwrites, in every other agent, each top-level block that stands in agents/dqn.py under the same name.
+overwrites, in every other agent, each top-level block that stands in agents/dqn.py under the same name. A file that you
+have put beside the agents stays as it is.
 """
 
 import ast
 import sys
 from pathlib import Path
 
-AGENTS = sorted((Path(__file__).resolve().parent.parent / "agents").glob("*.py"))
+NAMES = ["bbf", "cql_offline", "der", "dqn", "drq_eps", "iqn", "ppo", "pqn", "qrdqn", "rainbow", "spr", "sr_spr"]
+AGENTS = [Path(__file__).resolve().parent.parent / "agents" / f"{name}.py" for name in NAMES]
 OWN = {"train", "Args"}  # may differ between agents
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONLINE, Bomb, check_same, contents, in_call, logged, make_args, stop_in_step, stopped
+from conftest import ONLINE, Bomb, check_same, contents, in_call, load, logged, make_args, stop_in_step, stopped
 
 from analysis.runs import read_folder
 
@@ -176,6 +176,17 @@ def test_auto(dqn):
     assert resumed(dqn, "auto") == older
     check_same(older, newer)
     assert resumed(dqn, "auto") not in (older, newer)
+
+
+def test_a_copy_does_not_go_on_with_the_original_s_run(dqn, tmp_path):
+    """A copied file names its runs after itself."""
+    stopped(dqn, make_args(dqn), stop_in_step, 12)
+    path = tmp_path / "mydqn.py"
+    path.write_text(Path(dqn.__file__).read_text())
+    copied = load(path)
+    folder = copied.make_run_folder(make_args(copied, resume="auto"), torch.device("cpu"))
+    assert "__mydqn__" in folder.name
+    assert not (folder / "checkpoint.pt").exists()
 
 
 def test_a_mirrored_run_goes_on_as_the_same(dqn, monkeypatch):
