@@ -110,9 +110,16 @@ def _filling(colour: str, alpha: float, mark: str) -> dict:
     return hatched if mark else filled
 
 
-def _legend(figure: Figure, axes, columns: int = 3) -> None:
+def _legend(figure: Figure, axes) -> None:
     handles, labels = [found[::-1] for found in axes.get_legend_handles_labels()]  # drawn last: on top
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, len(labels)), fontsize=8)
+    legend(figure, handles, labels)
+
+
+def legend(figure: Figure, handles: list, labels: list[str]) -> None:
+    """Name the lines above all panels, in as many columns as the longest name leaves room for."""
+    inches = 0.6 + 0.066 * max(len(label) for label in labels)
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8)
 
 
 def _plain_ticks(axes) -> None:
@@ -225,7 +232,9 @@ def gains(results: Results, group: Group) -> Figure:
         axes.set_xlim(-0.7, len(found) - 0.3)
         axes.set_ylabel("gain (%)")
         won = sum(gain > 0 for gain in gained.values())
-        axes.set_title(f"{group.label} over {results.reference.label}: better in {won} of {len(gained)}", fontsize=9)
+        mark = results.study.mark(group, results.reference)
+        title = f"{group.label} over {results.reference.label}: better in {won} of {len(gained)}{mark}"
+        axes.set_title(textwrap.fill(title, int(14 * figure.get_figwidth())), fontsize=9)
     return figure
 
 

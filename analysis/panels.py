@@ -89,8 +89,7 @@ def legend(drawn, axes):
     for place in axes:
         handles, labels = place.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    columns = min(len(named), max(int(drawn.get_figwidth() / 1.6), 1))  # inches that a label takes
-    drawn.legend(named.values(), named.keys(), loc="outside upper center", ncols=columns, fontsize=8)
+    figures.legend(drawn, list(named.values()), list(named.keys()))
 
 
 def curves(panels: list[Panel], columns: int, time: bool = False) -> Figure:
@@ -252,22 +251,20 @@ def table(panels: list[Panel]) -> Iterator[str]:
             yield f"| {panel.title} | {group.label} | {found.point:.2f} | {ends} | {len(runs)} | {counted} |"
 
 
-def mark_steps(drawn: Figure, steps: list[int], frames_per_step: int):
-    """Draw a line in every panel at these agent steps."""
+def mark_steps(drawn: Figure, frames: np.ndarray, steps: list[int], frames_per_step: int):
+    """Draw a line in every panel at these agent steps; `frames` are those of the curves."""
+    scale, _ = figures.frames_unit(frames)
     for place in drawn.axes:
-        unit, _ = figures.frames_unit(np.array([place.dataLim.x1]))
         for step in steps:
-            place.axvline(step * frames_per_step / unit, color="0.3", linestyle=":", linewidth=1.1, zorder=1)
+            place.axvline(step * frames_per_step / scale, color="0.3", linestyle=":", linewidth=1.1, zorder=1)
 
 
 def sentences(panels: list[Panel]) -> Iterator[str]:
-    """What the figure says of the smallest value, or else the largest, beside the reference: a sentence each."""
+    """What the figure says of every other value beside the reference: a sentence each."""
     rng = np.random.default_rng(0)
-    for panel in panels:
+    pairs = [(panel, group) for panel in panels for group in panel.groups if group is not panel.reference]
+    for panel, other in pairs:
         study, usual = panel.study, panel.reference
-        other = study.groups[0] if study.groups[0] is not usual else study.groups[-1]
-        if other is usual:
-            continue
         found = statistics.probability_of_improvement(other.strata(study.scored), usual.strata(study.scored), rng)
         what = f"{panel.title}: a run with {other.label} beats one with {usual.label} on the same game"
         counted = f"{len(study.scored)} game{'s' * (len(study.scored) != 1)}"

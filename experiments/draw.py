@@ -35,7 +35,7 @@ def make_panels(figure: Figure, found: list, values: dict[str, tuple]) -> list[p
     together: dict[tuple, list] = {}
     for setting, curve in found:
         key = tuple(setting[name] for name in figure.panels)
-        curve.settings = {figure.line: setting[figure.line]}  # what else differs is a panel, or the game
+        curve.settings = {figure.line: setting[figure.line]}  # what else varies is a panel: check_figure
         together.setdefault(key, []).append(curve)
     made = []
     for key in product(*[values[name] for name in figure.panels]):  # row by row
@@ -69,7 +69,7 @@ def draw(name: str, asked: Figure, scale: str, overrides: dict, folder: Path, re
     with matplotlib.rc_context(figures.STYLE):
         drawn = getattr(panels, asked.draw)(made, columns)
         if asked.marks and scale != "smoke":
-            panels.mark_steps(drawn, asked.marks, 4 if scale == "paper" else 1)
+            panels.mark_steps(drawn, made[0].study.frames, asked.marks, 4 if scale == "paper" else 1)
             drawn.supxlabel(f"{drawn.get_supxlabel()}; dotted lines: resets")
         few = (
             f", fewer than {statistics.ENOUGH_RUNS} of a game, too few to tell"

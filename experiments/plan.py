@@ -16,6 +16,7 @@ from analysis.scores import DATA, short_name
 from experiments.figures import FIGURES, MINATAR, SMOKE, SMOKE_STEPS, SMOKE_STEPS_ON_ATARI, Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+DRAWINGS = ("curves", "games", "gains", "time", "diagnostics", "measures")  # functions of analysis/panels.py
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,14 @@ class Run:
         return [*words, "--resume", "auto"]
 
     def result(self, folder: Path) -> Path | None:
-        """Its folder, if it is finished, and was run with these flags."""
+        """Its folder, if it is finished, and was run with these flags and what are now the defaults of others."""
         name = f"{self.env_id.replace('/', '-')}__{self.exp_name}__{self.seed}__*"
+        usual = defaults_of(self.agent)
+        wanted = usual | dict(self.flags)
         for mark in sorted((folder / "runs").glob(f"{name}/finished"), reverse=True):
             args = json.loads((mark.parent / "args.json").read_text())["args"]
-            if args == args | dict(self.flags):
+            recorded = usual | args  # a flag that is newer than the run had its default
+            if all(recorded[flag] == wanted[flag] for flag in wanted.keys() - {"env_id", "seed", "resume", "cuda"}):
                 return mark.parent
         return None
 
@@ -109,11 +113,22 @@ def as_words(name: str, value) -> list[str]:
 
 @cache
 def defaults_of(agent: str) -> dict:
-    """The flags of an agent and their defaults, read from its file without running it."""
-    tree = ast.parse((ROOT / "agents" / f"{agent}.py").read_text())
-    (args,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
-    fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
-    return {node.target.id: ast.literal_eval(node.value) for node in fields}
+    """The flags of an agent but --exp-name, and their defaults, read from its file without running it.
+
+    Raises BadInput if there is no such agent.
+    """
+    path = ROOT / "agents" / f"{agent}.py"
+    if not path.exists():
+        raise BadInput(f"there is no agents/{agent}.py.")
+    (args,) = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", "") == "Args"]
+    found = {}
+    for node in args.body:
+        if isinstance(node, ast.AnnAssign) and node.target.id != "exp_name":
+            try:
+                found[node.target.id] = ast.literal_eval(node.value)
+            except ValueError:
+                raise BadInput(f"{path.name}, line {node.lineno}: a flag's default must be a plain value.") from None
+    return found
 
 
 def find_figure(name: str) -> Figure:
@@ -219,6 +234,46 @@ def make_plan(names: Iterable[str], scale: str, overrides: dict) -> list[Run | E
     return sorted(order, key=order.get)
 
 
+def agents_of(figure: Figure, scale: str) -> dict[str, set[str]]:
+    """{agent: the flags that the figure gives it}; a variant may name another agent."""
+    found = {}
+    for agent, variant in product(figure.agents, variants_of(figure, scale).values() or [{}]):
+        flags = found.setdefault(variant.get("agent", agent), set())
+        flags.update(figure.varied, figure.flags, variant.keys() - {"agent"})
+    return found
+
+
+def check_figure(name: str, scale: str):
+    """Raise BadInput if an entry of FIGURES is wrong, which would show in its drawing alone, after all runs."""
+    figure = find_figure(name)
+    values = values_of(figure, scale)
+    drawn = {figure.line, *figure.panels}
+    wrong = f"{name} of experiments/figures.py"
+    if figure.draw not in DRAWINGS:
+        raise BadInput(f"{wrong} is drawn as {figure.draw}: there are {', '.join(DRAWINGS)}.")
+    if not figure.panels:
+        raise BadInput(f'{wrong} has no panels: give it ("agent",).')
+    if unknown := sorted(drawn - values.keys()):
+        raise BadInput(f"{wrong} has {unknown[0]} as its line or panels, but no values of it.")
+    if hidden := [flag for flag, found in values.items() if len(found) > 1 and flag not in drawn]:
+        raise BadInput(f"{wrong} varies {hidden[0]}, which is neither its line nor in its panels.")
+    if figure.draw in ("gains", "diagnostics") and any(len(values[flag]) > 1 for flag in figure.panels):
+        raise BadInput(f"{wrong} has several panels: {figure.draw} draws one.")
+    for agent, flags in agents_of(figure, scale).items():
+        for flag in flags:
+            check_flag(agent, flag, f"{wrong}: ")
+        if agent not in MINATAR and scale != "paper":
+            raise BadInput(f"{wrong}: give {agent} a line in MINATAR there.")
+
+
+def check_flag(agent: str, flag: str, where: str = ""):
+    """Raise BadInput, with the nearest one, if an agent has no such flag."""
+    if flag not in defaults_of(agent):
+        near = difflib.get_close_matches(flag, defaults_of(agent), 1)
+        near = f": --{near[0].replace('_', '-')}?" if near else "."
+        raise BadInput(f"{where}{agent} has no flag --{flag.replace('_', '-')}{near}")
+
+
 def check_plan(names: Iterable[str], scale: str, overrides: dict):
     """Raise BadInput if figures cannot be asked at this scale, or with these flags."""
     for name in names:
@@ -227,16 +282,14 @@ def check_plan(names: Iterable[str], scale: str, overrides: dict):
             raise BadInput(f"{name} asks about networks for Atari's images, which MinAtar has not: --scale paper.")
         if "cql_offline" in figure.agents and scale == "paper" and "dataset_dir" not in overrides:
             raise BadInput(f"{name} needs the DQN Replay Dataset: -- --dataset-dir '/data/{{game}}/1/replay_logs'.")
+        check_figure(name, scale)
         varied = {"env_id", "seed", "exp_name", "resume", *figure.varied, *figure.flags}
         varied.update(*variants_of(figure, scale).values())
-        for flag, agent in product(overrides, figure.agents):
-            shown = f"--{flag.replace('_', '-')}"
+        for flag, agent in product(overrides, agents_of(figure, scale)):
             if flag in varied:
+                shown = f"--{flag.replace('_', '-')}"
                 raise BadInput(f"{shown} is the figure's own: {name} cannot be asked with another.")
-            if flag not in defaults_of(agent):
-                near = difflib.get_close_matches(flag, defaults_of(agent), 1)
-                near = f": --{near[0].replace('_', '-')}?" if near else "."
-                raise BadInput(f"{agent} has no flag {shown}{near}")
+            check_flag(agent, flag)
 
 
 def read_overrides(words: list[str]) -> dict:

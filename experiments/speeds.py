@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments.figures import FIGURES
 from experiments.local import count_cores
-from experiments.plan import ROOT, Run, make_plan
+from experiments.plan import ROOT, Run, check_figure, make_plan
 
 KNOWN = Path("studies") / "speeds.json"  # {game kind: {agent and network: {batch size or games: steps per second}}}
 ON_POLICY = ("pqn", "ppo")  # they have games side by side, and no batch size
@@ -20,8 +20,11 @@ def list_figures(scale: str, trial: bool):
     known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
     plans = {}
     for name, figure in FIGURES.items():
-        possible = scale != "minatar" or not figure.atari_only
-        plans[name] = make_plan([name], scale, {}) if possible else []
+        if scale == "minatar" and figure.atari_only:
+            plans[name] = []
+            continue
+        check_figure(name, scale)
+        plans[name] = make_plan([name], scale, {})
     if trial:
         for plan in plans.values():
             for item in plan:

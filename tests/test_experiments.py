@@ -1,6 +1,7 @@
 """The figures' plans against counts by hand, the launcher with agents that pretend, and both for real."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -67,7 +69,7 @@ def test_how_many_runs(name, paper, minatar):
 
 
 def test_every_figure_of_the_study_is_there():
-    assert set(FIGURES) == {f"fig2.{number}" for number in range(1, 26)} | {"small-batch", "bbf", "parallel"}
+    assert set(FIGURES) >= {f"fig2.{number}" for number in range(1, 26)} | {"small-batch", "bbf", "parallel"}
     for figure in FIGURES.values():
         assert figure.asks.endswith("?")
         varied = {"agent", *figure.varied, *(["variant"] if figure.variants else [])}
@@ -148,6 +150,8 @@ def test_overrides():
     assert dict(run.flags).items() >= overrides.items()
     with pytest.raises(BadInput, match="dqn has no flag --noisy"):
         plan.check_plan(["fig2.1"], "paper", overrides)
+    with pytest.raises(BadInput, match="spr has no flag --width-scale"):  # an agent that only a variant names
+        plan.check_plan(["bbf"], "paper", {"width_scale": 1})
     with pytest.raises(BadInput, match="has no flag --batchsize: --batch-size"):
         plan.check_plan(["fig2.1"], "paper", {"batchsize": 8})
     with pytest.raises(BadInput, match="8 is none"):
@@ -318,6 +322,79 @@ def test_a_run_of_other_flags_is_no_result(pretence):
     assert run.result(Path("study")) is None
 
 
+def test_a_run_of_another_default_is_no_result(pretence):
+    """The agent's file was edited since; a flag that the run did not know yet changes nothing."""
+    assert launch()[1] == 0
+    run = runs_of("tiny")[0]
+    (agent,) = Path().glob("**/agents/dqn.py")
+    source = agent.read_text()
+    agent.write_text(source.replace("    batch_size: int", "    gamma: float = 0.99\n    batch_size: int"))
+    plan.defaults_of.cache_clear()
+    assert run.result(Path("study"))
+    path = run.result(Path("study")) / "args.json"
+    record = json.loads(path.read_text())
+    record["args"]["gamma"] = 0.9
+    path.write_text(json.dumps(record))
+    assert run.result(Path("study")) is None
+
+
+TARGET = Figure("?", "curves", ("dqn",), {"target_network_frequency": (8_000, 2_000)}, line="target_network_frequency")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"line": "batch_size"}, "has batch_size as its line or panels, but no values of it"),
+        ({"varied": TARGET.varied | {"n_step": (1, 3)}}, "varies n_step, which is neither its line nor in its panels"),
+        ({"agents": ("dqn", "iqn"), "panels": ("target_network_frequency",)}, "varies agent, which is neither"),
+        ({"agents": ("dqn", "iqn"), "draw": "gains"}, "has several panels: gains draws one"),
+        ({"flags": {"target_frequency": 1}}, "dqn has no flag --target-frequency: --target-network-frequency?"),
+        ({"variants": {"a": {"n_steps": 1}}}, "dqn has no flag --n-steps: --n-step?"),
+        ({"agents": ("mine",)}, "there is no agents/mine.py"),
+        ({"panels": ()}, "has no panels"),
+        ({"draw": "lines"}, "is drawn as lines: there are curves, games"),
+    ],
+)
+def test_a_wrong_entry_is_refused_before_anything_runs(monkeypatch, capsys, changes, said):
+    monkeypatch.setitem(FIGURES, "mine", dataclasses.replace(TARGET, **changes))
+    for words in (["run", "mine", "--scale", "minatar"], ["list", "--scale", "minatar"]):
+        status, output = call(monkeypatch, capsys, *words)
+        assert (status, output.err.count("\n")) == (2, 1)
+        assert output.err.startswith("error: ") and said in output.err
+    assert not Path("studies").exists()
+
+
+def test_the_documented_entry(monkeypatch):
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    entry = page.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.setitem(FIGURES, "target", eval("{" + entry + "}", {"Figure": Figure})["target"])
+    plan.check_plan(["target"], "paper", {})
+    plan.check_plan(["target"], "minatar", {})
+    assert len(runs_of("target", "minatar")) == 3 * 5 * 5
+
+
+def test_an_agent_of_ones_own(tmp_path, monkeypatch):
+    """A copy beside the others; on MinAtar it needs a line of flags."""
+    (tmp_path / "agents").mkdir()
+    source = (ROOT / "agents" / "dqn.py").read_text()
+    (tmp_path / "agents" / "mydqn.py").write_text(source)
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    plan.defaults_of.cache_clear()
+    monkeypatch.setitem(FIGURES, "mine", dataclasses.replace(TARGET, agents=("mydqn",)))
+    plan.check_plan(["mine"], "paper", {})
+    with pytest.raises(BadInput, match="give mydqn a line in MINATAR there"):
+        plan.check_plan(["mine"], "minatar", {})
+    monkeypatch.setitem(plan.MINATAR, "mydqn", plan.MINATAR["dqn"])
+    plan.check_plan(["mine"], "minatar", {})
+    assert len(runs_of("mine", "minatar")) == 2 * 5 * 5
+    (tmp_path / "agents" / "mydqn.py").write_text(source.replace("gamma: float = 0.99", "gamma: float = 1 - 1 / 100"))
+    plan.defaults_of.cache_clear()
+    with pytest.raises(BadInput, match=r"mydqn.py, line \d+: a flag's default must be a plain value"):
+        plan.check_plan(["mine"], "minatar", {})
+    monkeypatch.undo()
+    plan.defaults_of.cache_clear()
+
+
 def test_checkpoints_of_finished_runs_are_removed(pretence, monkeypatch):
     """They have the whole replay; with --keep-checkpoints they stay."""
     for keep in (False, True):
@@ -456,9 +533,11 @@ def test_a_panel_by_hand():
     drawn = panels.curves([panel], 1)
     lines = [line.get_ydata().tolist() for line in drawn.axes[0].lines]
     np.testing.assert_allclose(lines, [[0, 2], [0, 0.5], [0, 1]], atol=1e-12)
-    (sentence,) = panels.sentences([panel])
-    assert "dqn: a run with batch size 8 beats one with batch size 32" in sentence
-    assert "probability 1.00 [1.00, 1.00] (2 games, 5 seeds): batch size 8 is better, beyond the noise" in sentence
+    eight, sixteen = panels.sentences([panel])
+    assert "dqn: a run with batch size 8 beats one with batch size 32" in eight
+    assert "probability 1.00 [1.00, 1.00] (2 games, 5 seeds): batch size 8 is better, beyond the noise" in eight
+    assert "dqn: a run with batch size 16 beats one with batch size 32" in sixteen
+    assert "probability 0.00 [0.00, 0.00] (2 games, 5 seeds): batch size 32 is better, beyond the noise" in sixteen
 
 
 def test_what_is_missing_changes_no_colour():
@@ -581,12 +660,34 @@ def test_a_figure_with_lines_at_resets(tmp_path):
     drawn = panels.curves([made], 1)
     assert [line.get_label() for line in drawn.axes[0].lines] == list(figure.variants)
     scale, _ = figures.frames_unit(made.study.frames)
-    panels.mark_steps(drawn, [30, 70], 4)
+    panels.mark_steps(drawn, made.study.frames, [30, 70], 4)
     assert [line.get_xdata()[0] for line in drawn.axes[0].lines[6:]] == [120 / scale, 280 / scale]
+    panels.mark_steps(drawn, np.array([4_000_000]), [500_000], 4)  # where the axis counts millions
+    assert drawn.axes[0].lines[-1].get_xdata()[0] == 2.0
     rows = list(panels.table([made]))[2:]
     assert [row.split(" | ")[1] for row in rows] == list(figure.variants)
     ends = [float(row.split(" | ")[2]) for row in rows]
     assert ends == sorted(ends, reverse=True)
+
+
+def test_a_sentence_for_every_other_value():
+    curves = [fake_curve(size, "Pong", seed, [1.0, size]) for size in (8, 16, 32, 64) for seed in (1, 2)]
+    panel = panels.make_panel("dqn", curves, "batch_size", [8, 16, 32, 64])
+    found = [sentence.split(" beats one with")[0] for sentence in panels.sentences([panel])]
+    assert found == [f"dqn: a run with batch size {size}" for size in (8, 16, 64)]
+
+
+@pytest.mark.parametrize("width", [5.6, 8.1])
+@pytest.mark.parametrize("label", ["batch size 8", "dqn, target network frequency 1000 †", "exploration steps 250000"])
+def test_a_legend_is_as_wide_as_its_figure_at_most(width, label):
+    with matplotlib.rc_context(figures.STYLE):
+        drawn = matplotlib.figure.Figure(figsize=(width, 4))
+        lines = [drawn.add_subplot(1, 4, number).plot([0, 1])[0] for number in range(1, 5)]
+        figures.legend(drawn, lines, [label] * 4)
+        drawn.canvas.draw()
+        place = drawn.legends[0].get_window_extent()
+    assert place.x0 >= 0 and place.x1 <= width * drawn.dpi
+    assert place.width > width * drawn.dpi / 4  # and no narrower than it need be
 
 
 def measured_curve(seed, rank, steps=200):
