@@ -4,7 +4,7 @@
   python -m analysis --scores scores.csv --by agent --out results/
   python -m analysis compare "qrdqn, batch size 8" "qrdqn, batch size 32" --runs runs/
   python -m analysis contribution --gammas 0.97 0.99 0.997 --out contribution.png
-  python -m analysis coverage runs/ --by agent num_envs --out coverage.png
+  python -m analysis coverage runs/ --by agent,num_envs --out coverage.png
 
 The first two write CSV and Markdown tables, PNG and SVG figures, and report.html, which holds them all. The third
 prints two settings side by side. The fourth draws what a reward counts for when it is t steps away, the fifth what part
@@ -92,6 +92,9 @@ class Compare(Common):
 
 def read_runs(args: Common, cache: Path | None) -> list[Run]:
     """Read what the flags name and choose. Raises BadInput if nothing is left."""
+    for choice in args.only:
+        if "=" not in choice:
+            raise BadInput(f"--only {choice}: it takes batch_size=8 or the like; folders with runs come before it.")
     if not args.runs and not args.scores:
         raise BadInput("name folders with runs, or a table with --scores.")
     if not 1 <= args.resamples <= 10_000_000 or args.iteration < 0 or args.seed < 0:
@@ -114,6 +117,7 @@ def chosen(runs: list[Run], args: Common) -> list[Run]:
     kept = runs
     for choice in args.only:
         name, _, values = choice.partition("=")
+        name = flag_name(name)
         wanted, known = [value_of(value) for value in values.split(",")], {get(run, name) for run in runs}
         if known <= {None}:
             raise BadInput(f"--only {choice}: no run has {name!r}.")
@@ -127,6 +131,11 @@ def chosen(runs: list[Run], args: Common) -> list[Run]:
             raise BadInput(f"--games {' '.join(unknown)}: there are runs of {', '.join(sorted(known))}.")
         kept = [run for run in kept if run.game in wanted]
     return kept
+
+
+def flag_name(word: str) -> str:
+    """A flag as logs have it: n-step and --n-step are n_step."""
+    return word.strip().removeprefix("--").replace("-", "_")
 
 
 def default_grouping(runs: list[Run], from_tables: bool) -> list[str]:
@@ -146,7 +155,7 @@ def default_grouping(runs: list[Run], from_tables: bool) -> list[str]:
 def study_of(args: Common, cache: Path | None):
     """Read, group and normalise."""
     runs = read_runs(args, cache)
-    by = [name.strip() for name in args.by.split(",") if name.strip()]
+    by = [flag_name(name) for name in args.by.split(",") if name.strip()]
     by = by or default_grouping(runs, from_tables=not args.runs)
     normalize = args.normalize
     if normalize == "auto":
@@ -183,10 +192,11 @@ def draw_coverage(args: Coverage) -> None:
     if not 2 <= args.rows <= 1_000_000 or not 0 <= args.seed < 2**32:
         raise BadInput("--rows must be from 2 to 1,000,000, and --seed from 0 to 4,294,967,295.")
     check_picture(args.out)
+    by = [flag_name(name) for word in args.by for name in word.split(",")]
     projected = {}
     print(f"| game | setting | points | share of {coverage.GRID}x{coverage.GRID} cells |")
     print("|-|-|-|-|")
-    for game, samples in coverage.read_settings(args.runs, list(args.by), args.of).items():
+    for game, samples in coverage.read_settings(args.runs, by, args.of).items():
         projected[game] = coverage.project(samples, args.rows, args.seed)
         for label, share in coverage.shares(projected[game]).items():
             print(f"| {game} | {label} | {len(projected[game][label]):,} | {share:.1%} |")

@@ -100,6 +100,8 @@ def check_out(out: Path, inputs: Iterable[Path] = ()) -> None:
     for path in inputs:
         if path.resolve().is_relative_to(out):
             raise BadInput(f"{path}, which is to be read, is in the folder of --out: name another.")
+    if others := [folder for folder in out.parents if (folder / MARK).exists()]:
+        raise BadInput(f"{out} is in {others[0]}, the folder of another analysis: name one beside it with --out.")
     if not out.exists():
         return
     try:

@@ -54,7 +54,7 @@ def find_group(groups: list[Group], name: str) -> Group:
     found = found or [group for group in groups if group.label.split(",")[0] == name]
     if len(found) != 1:
         labels = "; ".join(group.label for group in groups)
-        raise BadInput(f"{name!r} names {len(found)} settings: give one of {labels}.")
+        raise BadInput(f"{name!r} names {len(found)} settings: give one of {labels}, or group otherwise with --by.")
     return found[0]
 
 

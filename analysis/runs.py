@@ -48,11 +48,15 @@ class Folder:
     cut_off: bool = False  # the log ends in the middle of a record: the run was killed, or is still going on
 
     @property
-    def finished(self) -> bool:
-        """Whether no step is left, or too few for a roll-out."""
+    def steps(self) -> int:
+        """Agent steps of the whole run; of agents without a replay those of whole roll-outs."""
         flags = self.record["args"]
         rollout = flags.get("num_envs", 1) * flags.get("num_steps", 1)
-        return self.last_step + rollout > flags["total_timesteps"]
+        return flags["total_timesteps"] // rollout * rollout
+
+    @property
+    def finished(self) -> bool:
+        return self.last_step >= self.steps
 
 
 def find_folders(paths: Iterable[Path]) -> list[Path]:
@@ -86,7 +90,8 @@ def read_folders(paths: list[Path], cache: Path | None) -> list[Folder]:
 def read_folder(path: Path, cache: Path | None) -> Folder:
     """Read one run folder. Raises BadInput if args.json or a log is broken, or there is no log."""
     logs = sorted(path.glob("events.out.tfevents.*"), key=lambda log: log.name)
-    files = [path / "args.json", *logs]
+    mark = path / "finished"
+    files = [path / "args.json", *logs, *([mark] if mark.exists() else [])]
     try:
         stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     except OSError as error:
@@ -119,6 +124,8 @@ def read_folder(path: Path, cache: Path | None) -> Folder:
         if tag.startswith(RETURNS) and not (good := np.isfinite(table[:, 1]) & (table[:, 0] > 0)).all():
             step, value, _ = table[~good][0]
             raise BadInput(f"{path}: {tag} is {value} at step {step:,.0f}, and cannot be a score.")
+    if mark.exists():  # nothing need have been logged at the last step
+        folder.last_step = max(folder.last_step, folder.steps)
     if kept:
         _to_cache(kept, folder, stamp)
     return folder

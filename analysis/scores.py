@@ -21,8 +21,8 @@ DATA = Path(__file__).resolve().parent / "data"
 COLUMNS = ("agent", "game", "seed", "frames", "score")  # of a long table; all others but IGNORED are settings
 IGNORED = {"source", "hours", "setting", "normalised"}
 COSMETIC = {  # flags that do not change what is learned
-    *("exp_name", "seed", "cuda", "track", "save_model", "capture_video", "eval_only", "checkpoint"),
-    *("resume", "eval_episodes", "eval_frequency", "diagnostics_frequency", "checkpoint_frequency", "record_dataset"),
+    *("exp_name", "seed", "cuda", "track", "save_model", "save_features", "resume"),
+    *("eval_episodes", "eval_frequency", "diagnostics_frequency", "checkpoint_frequency"),
 }
 
 
@@ -323,13 +323,18 @@ def _listed(items: Iterable[str], most: int = 12) -> str:
 
 
 def _without_repeats(runs: list[Run], by: list[str], notes: list[str]) -> list[Run]:
-    """Of runs with the same group, game and seed keep the longest, the last one made if they are equally long."""
+    """Of runs with the same group, game and seed keep the longest, the last one made if they are equally long.
+
+    The names of run folders end in the time at which they were made.
+    """
     together = defaultdict(list)
     for run in runs:
         together[(label_of(by, tuple(get(run, name) for name in by)), run.game, run.seed)].append(run)
     kept, left, flags = [], [], set()
     for found in together.values():
-        best = max(reversed(found), key=lambda run: int(run.frames[-1]) if len(run.frames) else 0)
+        lengths = [int(run.frames[-1]) if len(run.frames) else 0 for run in found]
+        longest = [run for run, length in zip(found, lengths, strict=True) if length == max(lengths)]
+        best = max(longest, key=lambda run: run.source.rsplit("__", 1)[-1])
         kept.append(best)
         left += [run.source for run in found if run is not best]
         flags |= {name for run in found for name in _differences([best, run])}

@@ -24,14 +24,30 @@ class Args:
     window: int = 20  # games in the running mean
 
 
+def read_record(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        print(f"error: {folder} is no run folder: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def label_of(record: dict, records: list[dict]) -> str:
+    """Agent, batch, seed, and the flags in which the runs differ besides."""
+    flags = record["args"]
+    words = [record["agent"], f"{flags['num_envs']} games" if "num_envs" in flags else f"batch {flags['batch_size']}"]
+    for name, value in flags.items():
+        told = name in ("batch_size", "num_envs", "seed", "env_id", "exp_name", "resume")
+        others = [other["args"].get(name, value) for other in records]
+        if not told and any(other != value for other in others):
+            words.append(f"{name.replace('_', ' ')} {value}")
+    return ", ".join([*words, f"seed {flags['seed']}"])
+
+
 def main(args: Args):
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for number, folder in enumerate(args.runs):
-        try:
-            record = json.loads((folder / "args.json").read_text())
-        except (OSError, ValueError) as error:
-            print(f"error: {folder} is no run folder: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+    records = [read_record(folder) for folder in args.runs]
+    for number, (folder, record) in enumerate(zip(args.runs, records, strict=True)):
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         events.Reload()
         millions = record["frames_per_step"] / 1e6  # of frames in a step
@@ -45,8 +61,7 @@ def main(args: Args):
         means = np.convolve(returns, np.ones(window) / window, mode="valid")
         colour = f"C{number}"
         flags = record["args"]
-        batch = f"{flags['num_envs']} games" if "num_envs" in flags else f"batch {flags['batch_size']}"
-        name = f"{record['agent']}, {batch}, seed {flags['seed']}"
+        name = label_of(record, records)
         axes.plot(frames, returns, ".", color=colour, alpha=0.25, markersize=3)
         axes.plot(frames[window - 1 :], means, color=colour, label=f"{name}: mean of {window} training games")
         if "eval/episodic_return" in events.Tags()["scalars"]:

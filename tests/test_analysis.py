@@ -408,6 +408,25 @@ def test_unfinished_and_repeated_runs_are_marked(tmp_path):
     assert "They differ in --learning-rate" in warnings[0]
 
 
+def test_of_equally_long_runs_the_last_one_made_counts(tmp_path):
+    """Whatever their names are."""
+    older = write_run(tmp_path / "Pong__new__1__20250101-000000-000000", level=1.0)
+    newer = write_run(tmp_path / "Pong__dqn__1__20260101-000000-000000", level=2.0)
+    notes = study_of_folders(runs.read_folders([older, newer], None)).notes
+    assert any(f"has the same setting, game and seed: {older}." in note for note in notes)
+
+
+def test_a_run_that_logged_nothing_at_its_end_is_finished_by_its_mark(tmp_path):
+    """As a run without an evaluation whose steps are no multiple of 1,000."""
+    folder = write_run(tmp_path / "run", steps=970)
+    assert not runs.read_folder(folder, tmp_path / "cache").finished
+    (folder / "finished").touch()
+    for _ in range(2):  # the second time from the cache
+        found = runs.read_folder(folder, tmp_path / "cache")
+        assert found.finished and found.last_step == 1_000
+    assert scores.run_of(found, 200, False).frames.tolist() == [800, 1600, 2400, 3200, 4000]
+
+
 def test_agents_are_not_pooled_in_silence(tmp_path):
     text = rows("A", "Pong", [1, 2, 3], [100], lambda s, f: s) + rows("B", "Pong", [4, 5, 6], [100], lambda s, f: s)
     header = "agent,game,seed,frames,score,size\n"
@@ -704,12 +723,18 @@ def test_a_folder_of_others_is_not_overwritten(no_figures, folders, tmp_path, mo
     shutil.copytree(folders, out / "cache" / "runs")
     assert "is in the folder of --out" in refused(out / "cache" / "runs", *flags)
     assert (out / "cache" / "runs").exists() and (out / "report.html").exists()
+    shutil.rmtree(out / "cache" / "runs")
+    assert f"is in {out}, the folder of another analysis" in refused(folders, "--out", out / "by_seed")
+    assert run_command(monkeypatch, capsys, folders, *flags)[0] == 0
 
 
 def test_choosing(no_figures, folders, tmp_path, monkeypatch, capsys, refused):
     choice = ["--only", "agent=dqn", "batch_size=8,32", "--games", "Pong", "ALE/Qbert-v5", "--resamples", "100"]
     assert run_command(monkeypatch, capsys, folders, "--out", tmp_path / "out", *choice)[0] == 0
     table = table_in(tmp_path / "out" / "games.csv")
+    for spelt in ("agent,batch-size", "--agent, --batch-size"):  # as the warnings have them, too
+        words = ["compare", "dqn, batch size 8", "dqn, batch size 32", "--runs", folders, f"--by={spelt}"]
+        assert run_command(monkeypatch, capsys, *words, "--resamples", "100")[0] == 0
     assert {row["game"] for row in table} == {"Pong", "Qbert"}
     assert {row["setting"] for row in table} == {"dqn, batch size 8", "dqn, batch size 32"}
     for wrong, words in (
@@ -720,6 +745,8 @@ def test_choosing(no_figures, folders, tmp_path, monkeypatch, capsys, refused):
         (["--reference", "dqn"], "'dqn' names 2 settings"),
         (["--resamples", "0"], "--resamples"),
         (["--only", "agent=dqn,typo"], "no run has agent typo; there are dqn, qrdqn"),
+        (["--only", "batch_size=8", "runs/"], "--only runs/: it takes batch_size=8 or the like; folders with runs"),
+        (["--reference", "dqn, n step 3"], "or group otherwise with --by"),
     ):
         assert words in refused(folders, "--out", tmp_path / "new", *wrong)
 

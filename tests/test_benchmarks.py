@@ -52,6 +52,13 @@ def test_a_curve_of_every_game(script, tmp_path, monkeypatch, flags, words):
     assert (tmp_path / "curve.png").stat().st_size > 5_000
 
 
+def test_curves_are_told_apart(script):
+    flags = {"env_id": "ALE/Pong-v5", "seed": 7, "batch_size": 8, "n_step": 3, "gamma": 0.99}
+    records = [{"agent": "dqn", "args": flags}, {"agent": "dqn", "args": flags | {"n_step": 1, "seed": 8}}]
+    labels = [script("curve").label_of(record, records) for record in records]
+    assert labels == ["dqn, batch 8, n step 3, seed 7", "dqn, batch 8, n step 1, seed 8"]
+
+
 def test_no_curve_of_what_is_no_run(script, tmp_path, capsys):
     with pytest.raises(SystemExit) as refusal:
         script("curve").main(script("curve").Args((tmp_path,), tmp_path / "curve.png"))

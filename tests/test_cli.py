@@ -264,6 +264,7 @@ def commands_in(text):
     for script, rest in re.findall(r"(?:python|uv run) (-m analysis|\S+\.py)((?:[^\n`\\]|\\\n|\n {8,})*)", text):
         name = "analysis/__main__.py" if script == "-m analysis" else script
         own = re.split(r" (?:&&|\||;|>) ", rest.replace("\\\n", " "))[0]
+        own = re.sub(r"\$\w+", "1", own)  # a loop's variable
         found.append((name, shlex.split(own, comments=True)))
     return found
 
@@ -294,7 +295,7 @@ def test_every_command_in_the_documents_works(path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_and_script_that_a_page_names_exists(page):
     text = page.read_text()
-    for name in set(re.findall(r"\b[\w/]+\.py\b", text)):
+    for name in set(re.findall(r"\b[\w/]+\.py\b", text)) - {"agents/mydqn.py"}:  # a reader's own
         find(name)
     known = set().union(*[flags_of(path) for path in SCRIPTS])
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
