@@ -234,7 +234,7 @@ def gains(results: Results, group: Group) -> Figure:
         won = sum(gain > 0 for gain in gained.values())
         mark = results.study.mark(group, results.reference)
         title = f"{group.label} over {results.reference.label}: better in {won} of {len(gained)}{mark}"
-        axes.set_title(textwrap.fill(title, int(14 * figure.get_figwidth())), fontsize=9)
+        axes.set_title(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=9)
     return figure
 
 

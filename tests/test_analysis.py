@@ -383,7 +383,7 @@ def test_contribution(tmp_path, monkeypatch, capsys, refused):
 
 
 def test_different_protocols_in_a_group_raise_a_warning(tmp_path):
-    sticky = {"sticky_actions": 0.25, "eval_episodes": 10}
+    sticky = {"sticky_actions": 0.25, "eval_episodes": 10, "save_features": True}
     write_run(tmp_path / "1", flags=sticky, packages={"ale-py": "0.12.1"})
     write_run(tmp_path / "2", seed=2, flags={"sticky_actions": 0.0, "eval_episodes": 5}, packages={"ale-py": "0.11"})
     write_run(tmp_path / "3", seed=3, flags={"sticky_actions": 0.0, "terminal_on_life_loss": True})
@@ -586,8 +586,21 @@ def test_figures_mark_intervals_of_too_few_runs(tmp_path):
     for name in ("curves", "profiles"):
         bands = drawn[name].axes[0].collections
         assert [bool(band.get_hatch()) for band in bands] == [True, False]  # and is drawn last
+    (gains,) = [figure for name, figure in drawn.items() if name.startswith("gains")]
+    assert gains.axes[0].get_title().endswith(" †")
     for name, _, figure in figures.draw(unequal_runs(tmp_path, 5, 5)):
         assert not [text for text in figure.findobj(matplotlib.text.Text) if "†" in text.get_text()], name
+
+
+def test_a_long_title_of_gains_is_on_its_figure(tmp_path):
+    names = [f"qrdqn of ours with a target network frequency of {steps}" for steps in (1000, 8000)]
+    text = "".join(rows(name, "Pong", [1], [100], lambda s, f: 1) for name in names)
+    found = results.compute(study(tmp_path, text), None, 50, np.random.default_rng(0))
+    with matplotlib.rc_context(figures.STYLE):
+        drawn = figures.gains(found, found.others[0])
+        drawn.canvas.draw()
+        place = drawn.axes[0].title.get_window_extent()
+    assert place.x0 >= 0 and place.x1 <= drawn.get_figwidth() * drawn.dpi
 
 
 # ---- the whole
