@@ -61,6 +61,7 @@ class Run:
         name = f"{self.env_id.replace('/', '-')}__{self.exp_name}__{self.seed}__*"
         usual = defaults_of(self.agent)
         wanted = usual | dict(self.flags)
+        wanted = {flag: value for flag, value in wanted.items() if value is not None}  # None: the agent chooses
         for mark in sorted((folder / "runs").glob(f"{name}/finished"), reverse=True):
             args = json.loads((mark.parent / "args.json").read_text())["args"]
             recorded = usual | args  # a flag that is newer than the run had its default

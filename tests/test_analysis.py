@@ -411,7 +411,7 @@ def test_unfinished_and_repeated_runs_are_marked(tmp_path):
 def test_of_equally_long_runs_the_last_one_made_counts(tmp_path):
     """Whatever their names are."""
     older = write_run(tmp_path / "Pong__new__1__20250101-000000-000000", level=1.0)
-    newer = write_run(tmp_path / "Pong__dqn__1__20260101-000000-000000", level=2.0)
+    write_run(tmp_path / "Pong__dqn__1__20260101-000000-000000", level=2.0)
     notes = study_of_folders(runs.read_folders(runs.find_folders([tmp_path]), None)).notes
     assert any(f"has the same setting, game and seed: {older}." in note for note in notes)
 

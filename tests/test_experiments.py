@@ -323,16 +323,20 @@ def test_a_run_of_other_flags_is_no_result(pretence):
 
 
 def test_a_run_of_another_default_is_no_result(pretence):
-    """The agent's file was edited since; a flag that the run did not know yet changes nothing."""
+    """The agent's file was edited since. A flag that the run did not know yet, or that it filled in, changes nothing."""
     assert launch()[1] == 0
     run = runs_of("tiny")[0]
     (agent,) = Path().glob("**/agents/dqn.py")
     source = agent.read_text()
-    agent.write_text(source.replace("    batch_size: int", "    gamma: float = 0.99\n    batch_size: int"))
+    flags = "    gamma: float = 0.99\n    v_min: float | None = None\n"
+    agent.write_text(source.replace("    batch_size: int", f"{flags}    batch_size: int"))
     plan.defaults_of.cache_clear()
     assert run.result(Path("study"))
     path = run.result(Path("study")) / "args.json"
     record = json.loads(path.read_text())
+    record["args"]["v_min"] = -10.0
+    path.write_text(json.dumps(record))
+    assert run.result(Path("study"))
     record["args"]["gamma"] = 0.9
     path.write_text(json.dumps(record))
     assert run.result(Path("study")) is None
