@@ -323,7 +323,7 @@ def test_a_run_of_other_flags_is_no_result(pretence):
 
 
 def test_a_run_of_another_default_is_no_result(pretence):
-    """The agent's file was edited since. A flag that the run did not know yet, or that it filled in, changes nothing."""
+    """The agent's file was edited. A flag that is newer than the run, or that it filled in itself, changes nothing."""
     assert launch()[1] == 0
     run = runs_of("tiny")[0]
     (agent,) = Path().glob("**/agents/dqn.py")
