@@ -117,7 +117,7 @@ def chosen(runs: list[Run], args: Common) -> list[Run]:
     kept = runs
     for choice in args.only:
         name, _, values = choice.partition("=")
-        name = flag_name(name)
+        name = column(name, runs)
         wanted, known = [value_of(value) for value in values.split(",")], {get(run, name) for run in runs}
         if known <= {None}:
             raise BadInput(f"--only {choice}: no run has {name!r}.")
@@ -133,9 +133,12 @@ def chosen(runs: list[Run], args: Common) -> list[Run]:
     return kept
 
 
-def flag_name(word: str) -> str:
-    """A flag as logs have it: n-step and --n-step are n_step."""
-    return word.strip().removeprefix("--").replace("-", "_")
+def column(word: str, runs: list[Run]) -> str:
+    """The column or flag that is meant: n-step and --n-step are n_step, unless a table has a column of that name."""
+    word = word.strip()
+    if any(get(run, word) is not None for run in runs):
+        return word
+    return word.removeprefix("--").replace("-", "_")
 
 
 def default_grouping(runs: list[Run], from_tables: bool) -> list[str]:
@@ -155,7 +158,7 @@ def default_grouping(runs: list[Run], from_tables: bool) -> list[str]:
 def study_of(args: Common, cache: Path | None):
     """Read, group and normalise."""
     runs = read_runs(args, cache)
-    by = [flag_name(name) for name in args.by.split(",") if name.strip()]
+    by = [column(name, runs) for name in args.by.split(",") if name.strip()]
     by = by or default_grouping(runs, from_tables=not args.runs)
     normalize = args.normalize
     if normalize == "auto":
@@ -192,7 +195,7 @@ def draw_coverage(args: Coverage) -> None:
     if not 2 <= args.rows <= 1_000_000 or not 0 <= args.seed < 2**32:
         raise BadInput("--rows must be from 2 to 1,000,000, and --seed from 0 to 4,294,967,295.")
     check_picture(args.out)
-    by = [flag_name(name) for word in args.by for name in word.split(",")]
+    by = [column(name, []) for word in args.by for name in word.split(",")]
     projected = {}
     print(f"| game | setting | points | share of {coverage.GRID}x{coverage.GRID} cells |")
     print("|-|-|-|-|")

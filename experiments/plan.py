@@ -238,9 +238,10 @@ def make_plan(names: Iterable[str], scale: str, overrides: dict) -> list[Run | E
 def agents_of(figure: Figure, scale: str) -> dict[str, set[str]]:
     """{agent: the flags that the figure gives it}; a variant may name another agent."""
     found = {}
+    varied = values_of(figure, scale).keys() - {"agent", "variant"}
     for agent, variant in product(figure.agents, variants_of(figure, scale).values() or [{}]):
         flags = found.setdefault(variant.get("agent", agent), set())
-        flags.update(figure.varied, figure.flags, variant.keys() - {"agent"})
+        flags.update(varied, figure.flags, variant.keys() - {"agent"})
     return found
 
 

@@ -350,13 +350,14 @@ def test_grouping_by_any_flag(tmp_path):
 
 def test_a_table_is_grouped_by_its_settings(no_figures, tmp_path, monkeypatch, capsys):
     """By those that have several values, and only where nothing says otherwise."""
-    text = "agent,game,seed,frames,score,width,eps,batch_size\n"
+    text = "agent,game,seed,frames,score,width,my-eps,batch_size\n"
     for width, batch_size in [(1, 8), (1, 32), (4, 8)]:
         text += f"dqn,Pong,1,400,1.0,{width},0.1,{batch_size}\n"
     path = table_of(tmp_path, text)
     for flags, settings in [
         ([], {"dqn, batch size 8, width 1", "dqn, batch size 32, width 1", "dqn, batch size 8, width 4"}),
         (["--by", "width", "--only", "batch_size=8"], {"width 1", "width 4"}),
+        (["--by", "my-eps,batch-size", "--only", "my-eps=0.1", "batch-size=8"], {"my-eps 0.1, batch size 8"}),
     ]:
         out = tmp_path / f"out{len(flags)}"
         status, *_ = run_command(monkeypatch, capsys, "--scores", path, "--out", out, "--resamples", "50", *flags)

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 from conftest import ROOT
+from sync import NAMES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
@@ -15,6 +16,10 @@ LESSONS = re.findall(r"`diff agents/(\w+)\.py agents/(\w+)\.py` \| (\d+)", READM
 
 def test_the_readme_is_a_front_page():
     assert len(README.splitlines()) <= 150
+
+
+def test_the_readme_lists_the_agents_that_are_tested():
+    assert sorted(re.findall(r"^\| `agents/(\w+)\.py`", README, re.MULTILINE)) == NAMES
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -352,6 +352,7 @@ TARGET = Figure("?", "curves", ("dqn",), {"target_network_frequency": (8_000, 2_
         ({"varied": TARGET.varied | {"n_step": (1, 3)}}, "varies n_step, which is neither its line nor in its panels"),
         ({"agents": ("dqn", "iqn"), "panels": ("target_network_frequency",)}, "varies agent, which is neither"),
         ({"agents": ("dqn", "iqn"), "draw": "gains"}, "has several panels: gains draws one"),
+        ({"minatar_varied": {"n_steps": (1,)}}, "dqn has no flag --n-steps: --n-step?"),
         ({"flags": {"target_frequency": 1}}, "dqn has no flag --target-frequency: --target-network-frequency?"),
         ({"variants": {"a": {"n_steps": 1}}}, "dqn has no flag --n-steps: --n-step?"),
         ({"agents": ("mine",)}, "there is no agents/mine.py"),
