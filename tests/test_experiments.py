@@ -360,9 +360,9 @@ TARGET = Figure("?", "curves", ("dqn",), {"target_network_frequency": (8_000, 2_
         ({"draw": "lines"}, "is drawn as lines: there are curves, games"),
     ],
 )
-def test_a_wrong_entry_is_refused_before_anything_runs(monkeypatch, capsys, changes, said):
+def test_a_wrong_entry_is_refused_at_once(monkeypatch, capsys, changes, said):
     monkeypatch.setitem(FIGURES, "mine", dataclasses.replace(TARGET, **changes))
-    for words in (["run", "mine", "--scale", "minatar"], ["list", "--scale", "minatar"]):
+    for words in (["figure", "mine", "--scale", "minatar"], ["list", "--scale", "minatar"]):
         status, output = call(monkeypatch, capsys, *words)
         assert (status, output.err.count("\n")) == (2, 1)
         assert output.err.startswith("error: ") and said in output.err
