@@ -320,6 +320,7 @@ def test_uniform_sampling_leaves_priorities_alone(bbf, monkeypatch):
         weights.clear()
 
 
+@pytest.mark.long
 def test_an_ablation_to_nothing_trains(module):
     """No predictions, resets that leave the encoder as it is: what remains is a C51 with double Q."""
     flags = {"replay_ratio": 1, "spr_weight": 0.0, "shrink": 1.0, "perturb": 0.0, "reset_interval": 100}

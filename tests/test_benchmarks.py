@@ -118,6 +118,7 @@ def test_contenders_take_turns(script, monkeypatch):
     assert speeds == {"a": [3.0, 6.0], "b": [4.0, 5.0]}
 
 
+@pytest.mark.long
 def test_a_learning_agent_is_measured(script):
     speed = script("speed")
     args = speed.Args(cuda=False, warm_up=0.01, seconds=0.05, rounds=2)
