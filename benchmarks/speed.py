@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
@@ -51,7 +51,8 @@ class Args:
     games: tuple[str, ...] = ("ALE/Pong-v5", "MinAtar/Breakout-v1")  # games to play
     batch_sizes: tuple[int, ...] = (8, 32)  # transitions in an update
     num_envs: tuple[int, ...] = (8, 64)  # games side by side, of the agents without a replay
-    network: Literal["dopamine", "nature"] = "nature"  # convolutions (ALE)
+    network: Literal["dopamine", "nature", "dopamine-x4", "impala"] = "nature"  # convolutions (ALE)
+    flags: dict[str, int] = field(default_factory=dict)  # more flags of the agents, such as replay_ratio 1
     rounds: int = 10  # turns of each
     seconds: float = 2.0  # of a turn
     warm_up: float = 5.0  # seconds of learning before
@@ -122,6 +123,7 @@ def run_agent(channel: Connection, folder: Path, agent: str, game: str, batch_si
         "checkpoint_frequency": 0,
         "eval_episodes": 0,
     }
+    flags |= args.flags
     with contextlib.suppress(Enough):
         module.train(module.Args(**flags))
 
@@ -141,6 +143,7 @@ def run_on_policy(channel: Connection, folder: Path, agent: str, game: str, num_
     module.Games.step = counted_step
     flags = {"env_id": game, "num_envs": num_envs, "num_steps": ROLLOUT, "cuda": args.cuda, "eval_episodes": 0}
     flags |= {"total_timesteps": 1_000_000_000, "checkpoint_frequency": 0}
+    flags |= args.flags
     with contextlib.suppress(Enough):
         module.train(module.Args(**flags))
 
@@ -291,7 +294,7 @@ def contenders(agent: str, game: str, size: int, args: Args) -> dict[str, tuple]
     found = {"ours": (ours, AGENTS, *setting)}
     if args.before and (args.before / "agents" / f"{agent}.py").exists():
         found["before"] = (ours, args.before.resolve() / "agents", *setting)
-    if args.sb3 and agent in SB3 and game.startswith("ALE/") and args.network == "nature":
+    if args.sb3 and agent in SB3 and game.startswith("ALE/") and args.network == "nature" and not args.flags:
         found["sb3"] = (theirs, *setting)
     return found
 

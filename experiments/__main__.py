@@ -18,9 +18,16 @@ import tyro
 
 from analysis.runs import BadInput
 from experiments import draw, speeds
-from experiments.figures import FIGURES
 from experiments.local import Launcher, count_cores, take_lock
-from experiments.plan import check_plan, claim_folder, find_figure, make_plan, read_overrides
+from experiments.plan import (
+    all_names,
+    check_plan,
+    claim_folder,
+    find_figure,
+    make_plan,
+    read_overrides,
+    without_needless,
+)
 from experiments.record import Record
 from experiments.slurm import Cluster, check_arrays, submit
 
@@ -49,9 +56,11 @@ class DrawArgs:
         if not self.names:
             raise BadInput("name a figure, or all: python -m experiments list shows them.")
         if self.names == ("all",):
-            self.names = tuple(name for name in FIGURES if self.scale != "minatar" or not FIGURES[name].atari_only)
+            self.names = all_names(self.scale)
         self.folder = self.folder or Path("studies") / self.scale
         self.out = self.out or self.folder / "figures"
+        if self.out.exists() and not self.out.is_dir():
+            raise BadInput(f"--out is a folder for the figures: {self.out} is a file.")
 
 
 @dataclass
@@ -69,11 +78,11 @@ def run(args: RunArgs, overrides: dict) -> int:
     """Run a plan here and draw its figures, or submit it; return the exit status."""
     if args.jobs < 0 or args.threads < 0:
         raise BadInput("--jobs and --threads must not be negative.")
-    plan = make_plan(args.names, args.scale, overrides)
+    record = Record(args.record)
+    plan = without_needless(make_plan(args.names, args.scale, overrides), args.folder, record)
     claim_folder(args.folder, args.scale, overrides)
     check_arrays(args.folder)
     lock = take_lock(args.folder)
-    record = Record(args.record)
     if args.cluster:
         arrays = submit(plan, args.folder, args.slurm, record, args.keep_checkpoints)
         print(f"submitted as {' and '.join(arrays) or 'nothing: all is finished'}: squeue --me shows them")

@@ -17,6 +17,7 @@ from experiments.figures import FIGURES, MINATAR, SMOKE, SMOKE_STEPS, SMOKE_STEP
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAWINGS = ("curves", "games", "gains", "time", "diagnostics", "measures")  # functions of analysis/panels.py
+TYPES = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,), "None": (type(None),)}
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def as_words(name: str, value) -> list[str]:
 
 
 @cache
-def defaults_of(agent: str) -> dict:
-    """The flags of an agent but --exp-name, and their defaults, read from its file without running it.
+def flags_of(agent: str) -> dict[str, ast.AnnAssign]:
+    """The flags of an agent but --exp-name, as its file declares them.
 
     Raises BadInput if there is no such agent.
     """
@@ -122,13 +123,19 @@ def defaults_of(agent: str) -> dict:
     if not path.exists():
         raise BadInput(f"there is no agents/{agent}.py.")
     (args,) = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", "") == "Args"]
+    declared = {node.target.id: node for node in args.body if isinstance(node, ast.AnnAssign)}
+    return {flag: node for flag, node in declared.items() if flag != "exp_name"}
+
+
+@cache
+def defaults_of(agent: str) -> dict:
+    """The flags of an agent but --exp-name, and their defaults, read from its file without running it."""
     found = {}
-    for node in args.body:
-        if isinstance(node, ast.AnnAssign) and node.target.id != "exp_name":
-            try:
-                found[node.target.id] = ast.literal_eval(node.value)
-            except ValueError:
-                raise BadInput(f"{path.name}, line {node.lineno}: a flag's default must be a plain value.") from None
+    for flag, node in flags_of(agent).items():
+        try:
+            found[flag] = ast.literal_eval(node.value)
+        except ValueError:
+            raise BadInput(f"{agent}.py, line {node.lineno}: a flag's default must be a plain value.") from None
     return found
 
 
@@ -140,13 +147,31 @@ def find_figure(name: str) -> Figure:
     raise BadInput(f"there is no figure {name!r}: try {', '.join(near)}.")
 
 
+def all_names(scale: str) -> tuple[str, ...]:
+    """The figures that can be asked together: --dataset-dir is a flag of one agent alone."""
+    if scale == "paper":
+        return tuple(name for name, figure in FIGURES.items() if not needs_dataset(figure))
+    if scale == "minatar":
+        return tuple(name for name, figure in FIGURES.items() if not figure.atari_only)
+    return tuple(FIGURES)
+
+
+def needs_dataset(figure: Figure) -> bool:
+    """Whether its runs on Atari take --dataset-dir; on MinAtar recordings are made."""
+    return "cql_offline" in figure.agents
+
+
 def games_of(figure: Figure, scale: str) -> list[str]:
-    """The figure's games at this scale, as --env-id has them."""
+    """The figure's games at this scale, as --env-id has them. Raises BadInput if there is no such list of games."""
     if scale == "paper":
         names = figure.games
         if isinstance(names, str):
             with open(DATA / "game_lists.csv") as file:
-                names = [row["game"] for row in csv.DictReader(file) if row[f"in_{figure.games}"] == "1"]
+                rows = list(csv.DictReader(file))
+            if f"in_{names}" not in rows[0]:
+                lists = ", ".join(column[3:] for column in rows[0] if column.startswith("in_"))
+                raise BadInput(f'there is no list of games {names!r}: there are {lists}; one game is ("{names}",).')
+            names = [row["game"] for row in rows if row[f"in_{names}"] == "1"]
         return [f"ALE/{name}-v5" for name in names]
     if scale == "smoke":
         return ["ALE/Pong-v5"] if figure.atari_only else ["MinAtar/Breakout-v1"]
@@ -235,6 +260,18 @@ def make_plan(names: Iterable[str], scale: str, overrides: dict) -> list[Run | E
     return sorted(order, key=order.get)
 
 
+def without_needless(plan: list[Run | Export], folder: Path, record) -> list[Run | Export]:
+    """The plan but for recordings and datasets that no run waits for."""
+    kept, needed = [], set()
+    for item in reversed(plan):  # what is needed stands before what needs it
+        is_asked = isinstance(item, Run) and not item.is_recording
+        if is_asked or item in needed:
+            kept.append(item)
+            if not item.result(folder) and item not in record:
+                needed.update(item.needs)
+    return kept[::-1]
+
+
 def agents_of(figure: Figure, scale: str) -> dict[str, set[str]]:
     """{agent: the flags that the figure gives it}; a variant may name another agent."""
     found = {}
@@ -253,6 +290,7 @@ def check_figure(name: str, scale: str):
     wrong = f"{name} of experiments/figures.py"
     if figure.draw not in DRAWINGS:
         raise BadInput(f"{wrong} is drawn as {figure.draw}: there are {', '.join(DRAWINGS)}.")
+    games_of(figure, "paper")
     if not figure.panels:
         raise BadInput(f'{wrong} has no panels: give it ("agent",).')
     if unknown := sorted(drawn - values.keys()):
@@ -276,13 +314,28 @@ def check_flag(agent: str, flag: str, where: str = ""):
         raise BadInput(f"{where}{agent} has no flag --{flag.replace('_', '-')}{near}")
 
 
+def check_value(agent: str, flag: str, value):
+    """Raise BadInput if a flag does not take this value: every run would fail. Types that are not in TYPES pass."""
+    declared = flags_of(agent)[flag].annotation
+    kind = ast.unparse(declared)
+    if kind.startswith("Literal"):
+        allowed = ast.literal_eval(declared.slice)
+        wrong = value not in allowed
+        kind = ", ".join(allowed)
+    else:
+        parts = kind.split(" | ")
+        wrong = set(parts) <= TYPES.keys() and not any(type(value) in TYPES[part] for part in parts)
+    if wrong:
+        raise BadInput(f"--{flag.replace('_', '-')} of {agent} takes {kind}, not {value!r}.")
+
+
 def check_plan(names: Iterable[str], scale: str, overrides: dict):
     """Raise BadInput if figures cannot be asked at this scale, or with these flags."""
     for name in names:
         figure = find_figure(name)
         if figure.atari_only and scale == "minatar":
             raise BadInput(f"{name} asks about networks for Atari's images, which MinAtar has not: --scale paper.")
-        if "cql_offline" in figure.agents and scale == "paper" and "dataset_dir" not in overrides:
+        if needs_dataset(figure) and scale == "paper" and "dataset_dir" not in overrides:
             raise BadInput(f"{name} needs the DQN Replay Dataset: -- --dataset-dir '/data/{{game}}/1/replay_logs'.")
         check_figure(name, scale)
         varied = {"env_id", "seed", "exp_name", "resume", *figure.varied, *figure.flags}
@@ -292,6 +345,7 @@ def check_plan(names: Iterable[str], scale: str, overrides: dict):
                 shown = f"--{flag.replace('_', '-')}"
                 raise BadInput(f"{shown} is the figure's own: {name} cannot be asked with another.")
             check_flag(agent, flag)
+            check_value(agent, flag, overrides[flag])
 
 
 def read_overrides(words: list[str]) -> dict:
@@ -324,7 +378,7 @@ def claim_folder(folder: Path, scale: str, overrides: dict):
             if other != plan:
                 flags = other["flags"] or "no flags"
                 raise BadInput(f"{folder} has runs of another plan, --scale {other['scale']} with {flags}: --folder.")
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and {path.name for path in folder.iterdir()} - {"figures"}:  # of a record's runs
             raise BadInput(f"{folder} is not empty, and no folder of experiments: name another with --folder.")
         else:
             folder.mkdir(parents=True, exist_ok=True)

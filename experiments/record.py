@@ -92,6 +92,8 @@ def read_rows(path: Path, columns: list[str]) -> list[dict]:
     """The rows of a table, or none if there is none. Raises BadInput for other columns."""
     if not path.exists():
         return []
+    if path.is_dir():
+        raise BadInput(f"{path} is no record of runs, but a folder.")
     with open(path, newline="") as file:
         rows = csv.DictReader(file)
         if rows.fieldnames != columns:

@@ -35,13 +35,15 @@ class Cluster:
     def executor(self, folder: Path, after: list[str]) -> submitit.AutoExecutor:
         """What submits to Slurm, `after` other arrays have ended."""
         executor = submitit.AutoExecutor(folder=folder / "slurm", cluster="slurm")
+        cpus = self.cpus * self.side_by_side
         additional = {"requeue": True} if self.requeue else {"no_requeue": True}
         if after:
             additional["dependency"] = ":".join(["afterany", *after])
         executor.update_parameters(
             name=folder.name,
             timeout_min=max(int(60 * self.hours), 1),
-            cpus_per_task=self.cpus * self.side_by_side,
+            cpus_per_task=cpus,
+            slurm_srun_args=[f"--cpus-per-task={cpus}"],  # which srun does not take over from sbatch since Slurm 22.05
             slurm_signal_delay_s=min(300, int(900 * self.hours)),  # for the checkpoints, before the hours are over
             slurm_array_parallelism=self.array_limit,
             slurm_additional_parameters=additional,

@@ -6,11 +6,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from analysis.runs import BadInput
 from experiments.figures import FIGURES
 from experiments.local import count_cores
-from experiments.plan import ROOT, Run, check_figure, make_plan
+from experiments.plan import ROOT, Run, check_figure, defaults_of, make_plan
 
-KNOWN = Path("studies") / "speeds.json"  # {game kind: {agent and network: {batch size or games: steps per second}}}
+KNOWN = Path("studies") / "speeds.json"  # {game kind: {agent and flags: {batch size or games: steps per second}}}
+COSTLY = ("network", "replay_ratio", "updates_per_step", "width_scale", "batch_divisor")
 ON_POLICY = ("pqn", "ppo")  # they have games side by side, and no batch size
 GAMES = {"ALE": "ALE/Pong-v5", "MinAtar": "MinAtar/Breakout-v1"}
 
@@ -18,13 +20,10 @@ GAMES = {"ALE": "ALE/Pong-v5", "MinAtar": "MinAtar/Breakout-v1"}
 def list_figures(scale: str, trial: bool):
     """Print a table of the figures."""
     known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
-    plans = {}
-    for name, figure in FIGURES.items():
-        if scale == "minatar" and figure.atari_only:
-            plans[name] = []
-            continue
+    asked = [name for name, figure in FIGURES.items() if scale != "minatar" or not figure.atari_only]
+    for name in asked:
         check_figure(name, scale)
-        plans[name] = make_plan([name], scale, {})
+    plans = {name: make_plan([name], scale, {}) if name in asked else [] for name in FIGURES}
     if trial:
         for plan in plans.values():
             for item in plan:
@@ -39,41 +38,42 @@ def list_figures(scale: str, trial: bool):
         print(f"hours are known after a trial: python -m experiments list --scale {scale} --trial")
 
 
+def costs_of(item: Run) -> dict[str, object]:
+    """The agent and those of its flags that decide how long a step takes, but for batch size and games."""
+    agent = "dqn" if item.agent == "cql_offline" else item.agent  # which acts besides
+    flags = defaults_of(agent) | dict(item.flags)
+    return {"agent": agent} | {name: flags[name] for name in COSTLY if name in flags}
+
+
 def place_of(item: Run) -> tuple[str, str]:
     """Where its speed is kept."""
-    agent = "dqn" if item.agent == "cql_offline" else item.agent  # which acts besides
-    network = dict(item.flags).get("network", "dopamine")
-    return item.env_id.split("/")[0], f"{agent} {network}"
+    costs = costs_of(item)
+    agent = costs.pop("agent")
+    return item.env_id.split("/")[0], " ".join([agent, *(f"{name}={value}" for name, value in costs.items())])
 
 
 def measure(item: Run, known: dict):
-    """Time an agent with batches of 8 and 32, unless it is known, on one thread."""
+    """Time an agent with batches, or games, of 8 and 32, unless it is known, on one thread.
+
+    Raises BadInput if it does not run.
+    """
     if not isinstance(item, Run):
         return
     games, name = place_of(item)
     if name in known.setdefault(games, {}):
         return
-    agent, network = name.split()
-    print(f"a minute's trial of {agent} on {GAMES[games]} ({network})", flush=True)
+    costs = costs_of(item)
+    agent, network = costs.pop("agent"), costs.pop("network", "dopamine")
+    print(f"a minute's trial of {name} on {GAMES[games]}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speeds.json"
-        words = ["--agents", agent, "--games", GAMES[games], "--network", network, "--batch-sizes", "8", "32"]
-        words += [
-            "--num-envs",
-            "8",
-            "32",
-            "--rounds",
-            "5",
-            "--seconds",
-            "2",
-            "--threads",
-            "1",
-            "--no-sb3",
-            "--out",
-            str(out),
-        ]
-        script = str(ROOT / "benchmarks" / "speed.py")
-        subprocess.run([sys.executable, script, *words], check=True, stdout=subprocess.DEVNULL)
+        words = f"--games {GAMES[games]} --agents {agent} --network {network} --batch-sizes 8 32 --num-envs 8 32"
+        words += " --rounds 5 --seconds 2 --threads 1 --no-sb3"
+        if costs:
+            words += f" --flags {' '.join(f'{flag} {value}' for flag, value in costs.items())}"
+        command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), *words.split(), "--out", str(out)]
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+            raise BadInput(f"{name} could not be timed.")
         results = json.loads(out.read_text())["results"]
     sizes = [row.get("num_envs") or row["batch_size"] for row in results]
     speeds = [sorted(row["speeds"]["ours"])[2] for row in results]

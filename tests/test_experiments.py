@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -156,6 +158,45 @@ def test_overrides():
         plan.check_plan(["fig2.1"], "paper", {"batchsize": 8})
     with pytest.raises(BadInput, match="8 is none"):
         plan.read_overrides(["8"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--total-timesteps", "100k"], "--total-timesteps of dqn takes int, not '100k'"),
+        (["--total-timesteps", "100,000"], "takes int, not (100, 0)"),
+        (["--total-timesteps", "1e5"], "takes int, not 100000.0"),
+        (["--total-timesteps"], "takes int, not True"),
+        (["--gamma"], "takes float, not True"),
+        (["--cuda", "yes"], "takes bool, not 'yes'"),
+        (["--network", "impalla"], "takes dopamine, nature, dopamine-x4, impala, not 'impalla'"),
+        (["--gamma", "1"], None),
+        (["--total-timesteps", "100_000"], None),
+    ],
+)
+def test_values_of_flags(words, said):
+    """What an agent would refuse is refused before any run."""
+    overrides = plan.read_overrides(words)
+    if said:
+        with pytest.raises(BadInput, match=re.escape(said)):
+            plan.check_plan(["fig2.1"], "paper", overrides)
+    else:
+        plan.check_plan(["fig2.1"], "paper", overrides)
+
+
+def test_values_that_may_be_missing():
+    plan.check_value("cql_offline", "adam_eps", 1e-8)
+    plan.check_value("cql_offline", "adam_eps", None)
+    plan.check_value("cql_offline", "dataset_dir", "/data/{game}")
+    with pytest.raises(BadInput, match=r"--dataset-dir of cql_offline takes str \| None, not True"):
+        plan.check_value("cql_offline", "dataset_dir", True)
+
+
+@pytest.mark.parametrize("scale, left_out", [("paper", 1), ("minatar", 3), ("smoke", 0)])
+def test_all_figures_can_be_asked_together(scale, left_out):
+    names = plan.all_names(scale)
+    assert len(names) == len(FIGURES) - left_out
+    plan.check_plan(names, scale, {"cuda": False})
 
 
 # ------------------------------------------------------------------- a launcher of agents that pretend
@@ -358,6 +399,7 @@ TARGET = Figure("?", "curves", ("dqn",), {"target_network_frequency": (8_000, 2_
         ({"agents": ("mine",)}, "there is no agents/mine.py"),
         ({"panels": ()}, "has no panels"),
         ({"draw": "lines"}, "is drawn as lines: there are curves, games"),
+        ({"games": "Pong"}, "there is no list of games 'Pong': there are atari60"),
     ],
 )
 def test_a_wrong_entry_is_refused_at_once(monkeypatch, capsys, changes, said):
@@ -470,6 +512,38 @@ def test_what_a_run_needs_comes_first(monkeypatch):
     assert [slurm.depth_of(item) for item in (recording, export, offline[0])] == [0, 1, 2]
 
 
+def test_what_no_run_waits_for_is_left_out():
+    """No recording, and no dataset, if the runs that learn from it are in the record."""
+    items = plan.make_plan(["fig2.25", "fig2.22"], "smoke", {})
+    folder = Path("study")
+    assert plan.without_needless(items, folder, Record(None)) == items
+    recording, export, *runs = items
+    assert not isinstance(export, plan.Run) and recording.is_recording
+    record = Record(None)
+    record.rows = {shown_command(run): {} for run in runs}
+    assert plan.without_needless(items, folder, record) == runs
+    waiting = next(run for run in runs if run.agent == "cql_offline")
+    del record.rows[shown_command(waiting)]
+    assert plan.without_needless(items, folder, record) == items
+
+
+def test_a_task_of_many_cores(pretence, monkeypatch, capsys):
+    """srun does not take over sbatch's number of cores since Slurm 22.05: the script gives it to both."""
+    Path("bin").mkdir()
+    for name, answer in (("sbatch", "Submitted batch job 12"), ("srun", "")):
+        Path("bin", name).write_text(f"#!/bin/sh\necho {answer}\n")
+        Path("bin", name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{Path('bin').resolve()}:{os.environ['PATH']}")
+    words = ["run", "tiny", "--cluster", "slurm", "--cpus", "4", "--side-by-side", "2"]
+    status, output = call(monkeypatch, capsys, *words)
+    assert (status, output.err) == (0, "")
+    (script,) = Path("studies/paper/slurm").glob("*_submission.sh")
+    lines = script.read_text().splitlines()
+    assert "#SBATCH --cpus-per-task=8" in lines
+    (srun,) = [line for line in lines if line.startswith("srun")]
+    assert "--cpus-per-task=8" in srun
+
+
 # ------------------------------------------------------------------------------------- wrong input
 def call(monkeypatch, capsys, *words):
     """The exit status and the output of python -m experiments."""
@@ -492,6 +566,9 @@ def call(monkeypatch, capsys, *words):
         (["figure", "fig2.31"], "there is no figure 'fig2.31'"),
         (["run", "tiny", "--cluster", "slurm"], "sbatch is not here"),
         (["run", "tiny", "--", "--learning", "1"], "dqn has no flag --learning"),
+        (["run", "tiny", "--", "--total-timesteps", "1e5"], "--total-timesteps of dqn takes int, not 100000.0"),
+        (["run", "tiny", "--record", "thesis"], "thesis is no record of runs, but a folder"),
+        (["run", "tiny", "--out", "thesis/thesis.tex"], "thesis/thesis.tex is a file"),
         (["run", "tiny", "--folder", "thesis"], "thesis is not empty, and no folder of experiments"),
         (["run", "tiny", "--folder", "other"], "other has runs of another plan, --scale smoke"),
     ],
@@ -508,6 +585,14 @@ def test_wrong_input(pretence, monkeypatch, capsys, words, said):
     assert output.err.startswith("error: ")
     assert output.err.count("\n") == 1
     assert not list(Path().glob("*/runs"))
+    assert not list(Path("studies").rglob("plan.json"))
+
+
+def test_a_folder_that_has_figures_alone(pretence):
+    """Drawn from a record, before anything was run here."""
+    Path("study/figures").mkdir(parents=True)
+    plan.claim_folder(Path("study"), "paper", {})
+    assert Path("study/plan.json").exists()
 
 
 def test_a_plan_of_other_flags(pretence):
@@ -566,7 +651,7 @@ def test_too_few_runs_are_said():
 
 def test_hours_by_hand(monkeypatch):
     """100 and 50 steps per second with batches of 8 and 32: 10 and 20 ms a step, so 13.3 ms with 16."""
-    known = {"MinAtar": {"dqn dopamine": {"8": 100.0, "32": 50.0}}}
+    known = {"MinAtar": {"dqn network=dopamine": {"8": 100.0, "32": 50.0}}}
     hours = {}
     for run in runs_of("fig2.1", "minatar"):
         hours[run.agent, dict(run.flags)["batch_size"]] = speeds.hours_of(run, known)
@@ -578,13 +663,57 @@ def test_hours_by_hand(monkeypatch):
 
 def test_hours_of_games_side_by_side():
     """By their number, of 1,000 and 4,000 steps per second with 8 and 32; 128 are taken to be as fast as 32."""
-    known = {"MinAtar": {"ppo dopamine": {"8": 1000.0, "32": 4000.0}}}
+    known = {"MinAtar": {"ppo": {"8": 1000.0, "32": 4000.0}}}
     hours = {}
     for run in runs_of("parallel", "minatar"):
         hours[run.agent, dict(run.flags).get("num_envs", 8)] = speeds.hours_of(run, known)
     assert hours["ppo", 8] == pytest.approx(999_424 / 1000 / 3600)
     assert hours["ppo", 32] == hours["ppo", 128] == pytest.approx(999_424 / 4000 / 3600)
     assert hours["pqn", 8] is None
+
+
+def test_hours_of_costly_flags():
+    """A trial with eight updates a step says nothing about one."""
+    run = next(run for run in runs_of("bbf", "minatar") if run.agent == "sr_spr")
+    assert speeds.place_of(run) == ("MinAtar", "sr_spr network=dopamine replay_ratio=1")
+    assert speeds.hours_of(run, {"MinAtar": {"sr_spr network=dopamine replay_ratio=8": {}}}) is None
+    (bbf,) = {speeds.place_of(run) for run in runs_of("bbf", "paper") if run.agent == "bbf"}
+    assert bbf == ("ALE", "bbf network=impala replay_ratio=2 width_scale=4")
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_trial_has_flags_that_exist(scale, monkeypatch, capsys):
+    """Of the benchmark that times, and of the agents."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    speed = importlib.import_module("speed")
+    asked = []
+
+    def pretend(command, **given):
+        args = speed.tyro.cli(speed.Args, args=command[2:])
+        (agent,) = args.agents
+        network = {} if agent in speed.ON_POLICY else {"network": args.network}
+        load(ROOT / "agents" / f"{agent}.py").Args(**network, **args.flags)
+        asked.append((agent, args.games[0], network.get("network"), tuple(args.flags.items())))
+        rows = [{"batch_size": size, "speeds": {"ours": [1.0] * 5}} for size in (8, 32)]
+        args.out.write_text(json.dumps({"results": rows}))
+        return SimpleNamespace(returncode=0)
+
+    games_of = plan.games_of
+    monkeypatch.setattr(plan, "games_of", lambda figure, scale: games_of(figure, scale)[:1])
+    monkeypatch.setattr(plan, "seeds_of", lambda figure, scale: [1])
+    monkeypatch.setattr(speeds.subprocess, "run", pretend)
+    speeds.list_figures(scale, trial=True)
+    assert "?" not in [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith("fig")]
+    assert len(asked) == len(set(asked))
+    if scale == "paper":
+        assert ("bbf", "ALE/Pong-v5", "impala", (("replay_ratio", 2), ("width_scale", 4))) in asked
+        assert ("qrdqn", "ALE/Pong-v5", "dopamine-x4", (("batch_divisor", 1),)) in asked
+
+
+def test_a_trial_that_fails(monkeypatch, capsys):
+    monkeypatch.setattr(speeds.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
+    status, output = call(monkeypatch, capsys, "list", "--scale", "smoke", "--trial")
+    assert (status, output.err) == (2, "error: dqn network=dopamine could not be timed.\n")
 
 
 def test_the_list(capsys):
