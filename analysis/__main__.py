@@ -6,10 +6,10 @@
   python -m analysis contribution --gammas 0.97 0.99 0.997 --out contribution.png
   python -m analysis coverage runs/ --by agent,num_envs --out coverage.png
 
-The first two write CSV and Markdown tables, PNG and SVG figures, and report.html, which holds them all. The third
-prints two settings side by side. The fourth draws what a reward counts for when it is t steps away, the fifth what part
-of a game each setting saw. A table of scores has the columns agent, game, seed, frames and score; all others are
-settings, by which --by can group and --only choose.
+The first two write CSV and Markdown tables, PNG and SVG figures, and report.html, one page with all but the longest.
+The third prints two settings side by side. The fourth draws what a reward counts for when it is t steps away, the fifth
+what part of a game each setting saw. A table of scores has the columns agent, game, seed, frames and score; all others
+are settings, by which --by can group and --only choose.
 """
 
 import os
@@ -26,10 +26,12 @@ from analysis import coverage
 from analysis.compare import compare
 from analysis.figures import contribution
 from analysis.report import check_out, write_report
-from analysis.results import compute
-from analysis.runs import BadInput, find_folders, read_folders
+from analysis.results import compute, find_label
+from analysis.runs import BadInput, Folder, find_folders, read_folders
 from analysis.scores import (
     Run,
+    Study,
+    check_grouping,
     describe,
     get,
     iteration_steps,
@@ -37,6 +39,7 @@ from analysis.scores import (
     read_baselines,
     read_scores,
     run_of,
+    setting_of,
     short_name,
     value_of,
 )
@@ -52,11 +55,11 @@ class Common:
     games: tuple[str, ...] = ()  # keep these games: Pong Breakout, or MinAtar/Breakout (default: all)
     normalize: str = "auto"  # human, none, baseline:<setting>; auto: human, and none where no human score is known
     evaluation: bool = False  # score runs by their evaluations instead of their training games
-    iteration: int = 0  # agent steps of an iteration (0: 250,000, or a twentieth of the shortest run)
+    iteration: int = 0  # agent steps of an iteration (0: 250,000, or a twentieth of the shortest run that is compared)
     finished_only: bool = False  # leave out runs that have not reached their --total-timesteps
     resamples: int = 50_000  # of the bootstrap
     seed: int = 0  # of the bootstrap's generator
-    cache: Path | None = None  # folder for what was read of runs (default: cache/ in the folder of --out)
+    cache: Path | None = None  # folder for what was read of runs (default: cache/ in --out; compare has none)
 
 
 @dataclass
@@ -90,8 +93,11 @@ class Compare(Common):
     runs: tuple[Path, ...] = ()  # folders that hold runs, at any depth
 
 
-def read_runs(args: Common, cache: Path | None) -> list[Run]:
-    """Read what the flags name and choose. Raises BadInput if nothing is left."""
+def read_runs(args: Common, cache: Path | None) -> list[tuple[Run, Folder | None]]:
+    """Read what the flags name and choose; folders are described, as yet without curves.
+
+    Raises BadInput if nothing is left.
+    """
     for choice in args.only:
         if "=" not in choice:
             raise BadInput(f"--only {choice}: it takes batch_size=8 or the like; folders with runs come before it.")
@@ -107,9 +113,7 @@ def read_runs(args: Common, cache: Path | None) -> list[Run]:
     kept = [(run, folder) for run, folder in described if id(run) in places]
     if not kept:
         raise BadInput("no run is left: choose less narrowly.")
-    left = [folder for _, folder in kept if folder]
-    steps = args.iteration or (iteration_steps(left) if left else 0)
-    return [run_of(folder, steps, args.evaluation) if folder else run for run, folder in kept]
+    return kept
 
 
 def chosen(runs: list[Run], args: Common) -> list[Run]:
@@ -118,7 +122,9 @@ def chosen(runs: list[Run], args: Common) -> list[Run]:
     for choice in args.only:
         name, _, values = choice.partition("=")
         name = column(name, runs)
-        wanted, known = [value_of(value) for value in values.split(",")], {get(run, name) for run in runs}
+        known = {get(run, name) for run in runs}
+        spelt = {str(value): value for value in known}  # None among them
+        wanted = [spelt.get(value, value_of(value)) for value in values.split(",")]
         if known <= {None}:
             raise BadInput(f"--only {choice}: no run has {name!r}.")
         if unknown := [value for value in wanted if value not in known]:
@@ -155,16 +161,26 @@ def default_grouping(runs: list[Run], from_tables: bool) -> list[str]:
     return by
 
 
-def study_of(args: Common, cache: Path | None):
-    """Read, group and normalise."""
-    runs = read_runs(args, cache)
+def study_of(args: Common, cache: Path | None, pair: tuple[str, ...] = ()) -> Study:
+    """Read, group and normalise; with a pair, nothing but these settings, and the baseline if there is one."""
+    found = read_runs(args, cache)
+    runs = [run for run, _ in found]
     by = [column(name, runs) for name in args.by.split(",") if name.strip()]
     by = by or default_grouping(runs, from_tables=not args.runs)
     normalize = args.normalize
     if normalize == "auto":
         baselines = read_baselines()
         normalize = "human" if any(run.game in baselines for run in runs) else "none"
-    return make_study(runs, by, normalize)
+    if pair:
+        check_grouping(runs, by)
+        labels = sorted({setting_of(run, by) for run in runs})
+        _, is_baseline, baseline = normalize.partition("baseline:")
+        named = [find_label(labels, name) for name in (*pair, *([baseline] if is_baseline else []))]
+        found = [(run, folder) for run, folder in found if setting_of(run, by) in named]
+    logged = [(run, folder) for run, folder in found if folder]
+    steps = args.iteration or (iteration_steps(logged, by) if logged else 0)
+    curves = [run_of(folder, steps, args.evaluation) if folder else run for run, folder in found]
+    return make_study(curves, by, normalize)
 
 
 def report(args: Report) -> None:
@@ -211,6 +227,10 @@ def check_picture(path: Path) -> None:
     """Raise BadInput unless a picture can have this name."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise BadInput(f"--out is {path}: its name must end in .png, .svg or .pdf.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out is {path}: {path.parent} cannot be made: {error.strerror}.") from None
 
 
 def main() -> None:
@@ -219,7 +239,7 @@ def main() -> None:
     try:
         if arguments[:1] == ["compare"]:
             args = tyro.cli(Compare, args=arguments[1:], prog="python -m analysis compare", description=__doc__)
-            study = study_of(args, args.cache)
+            study = study_of(args, args.cache, args.pair)
             print(compare(study, *args.pair, args.resamples, np.random.default_rng(args.seed)))
         elif arguments[:1] == ["contribution"]:
             draw_contribution(tyro.cli(Contribution, args=arguments[1:], prog="python -m analysis contribution"))

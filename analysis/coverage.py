@@ -32,7 +32,7 @@ def samples_of(folder: Path, of: str) -> np.ndarray:
         try:
             with np.load(path, allow_pickle=False) as file:
                 found.append(flat_pictures(file["obs"]) if of == "observations" else file["features"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             raise BadInput(f"{path} cannot be read: remove it.") from None
     return np.concatenate(found)
 

@@ -1,4 +1,4 @@
-"""Write a study's tables and figures, and report.html: one page that holds them all and needs no other file."""
+"""Write a study's tables and figures, and report.html: one page that holds all but tables longer than LONG."""
 
 import base64
 import csv

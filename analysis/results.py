@@ -48,14 +48,19 @@ class Results:
         return f"{len(games)} game{'s' * (len(games) != 1)}, {self.study.seeds}"
 
 
+def find_label(labels: list[str], name: str) -> str:
+    """This label, or that of this agent if it is the only one. Raises BadInput."""
+    found = [label for label in labels if label == name] or [label for label in labels if label.split(",")[0] == name]
+    if len(found) != 1:
+        there = "; ".join(labels)
+        raise BadInput(f"{name!r} names {len(found)} settings: give one of {there}, or group otherwise with --by.")
+    return found[0]
+
+
 def find_group(groups: list[Group], name: str) -> Group:
     """The group of this label, or of this agent if it is the only one. Raises BadInput."""
-    found = [group for group in groups if group.label == name]
-    found = found or [group for group in groups if group.label.split(",")[0] == name]
-    if len(found) != 1:
-        labels = "; ".join(group.label for group in groups)
-        raise BadInput(f"{name!r} names {len(found)} settings: give one of {labels}, or group otherwise with --by.")
-    return found[0]
+    label = find_label([group.label for group in groups], name)
+    return next(group for group in groups if group.label == label)
 
 
 def default_reference(study: Study) -> Group:

@@ -162,7 +162,10 @@ def read_log(path: Path) -> tuple[dict[str, np.ndarray], int | None, float, bool
     time of its first record and whether it ends in the middle of a record. Times are seconds since 1970. Raises
     BadInput if the file is empty or broken: a checksum is wrong, of any record's length or of a record that is kept.
     """
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path} could not be read: {error.strerror}.") from None
     if not data:
         raise BadInput(f"{path} is empty: remove it, or the run folder.")
     starts, lengths, end = [], [], len(data)

@@ -18,8 +18,8 @@ from analysis.runs import BadInput, Folder, Series
 from analysis.statistics import ENOUGH_RUNS, METRICS
 
 DATA = Path(__file__).resolve().parent / "data"
-COLUMNS = ("agent", "game", "seed", "frames", "score")  # of a long table; all others but IGNORED are settings
-IGNORED = {"source", "hours", "setting", "normalised"}
+COLUMNS = ("agent", "game", "seed", "frames", "score")  # of a long table; all others are settings
+OURS = {"setting", "normalised"}  # two more of scores.csv, which a report writes
 COSMETIC = {  # flags that do not change what is learned
     *("exp_name", "seed", "cuda", "track", "save_model", "save_features", "resume"),
     *("eval_episodes", "eval_frequency", "diagnostics_frequency", "checkpoint_frequency"),
@@ -54,9 +54,22 @@ def short_name(env_id: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- from run folders
-def iteration_steps(folders: list[Folder]) -> int:
-    """Agent steps of an iteration: 250,000 as in the study, or a twentieth of the shortest run if that is less."""
-    return min(250_000, max(1, min(folder.record["args"]["total_timesteps"] for folder in folders) // 20))
+def iteration_steps(found: list[tuple[Run, Folder]], by: list[str]) -> int:
+    """Agent steps of an iteration: 250,000 as in the study, or a twentieth of the shortest run if that is less.
+
+    Only runs that are compared count: of several with the same setting, game and seed the one that is farthest, in
+    games that all settings have.
+    """
+    farthest: dict[tuple, tuple[int, int]] = {}
+    for run, folder in found:
+        place = (setting_of(run, by), run.game, run.seed)
+        farthest[place] = max(farthest.get(place, (0, 0)), (folder.last_step, folder.steps))
+    games: dict[str, set] = defaultdict(set)
+    for label, game, _ in farthest:
+        games[label].add(game)
+    common = set.intersection(*games.values())
+    lengths = [steps for (_, game, _), (_, steps) in farthest.items() if game in common or not common]
+    return min(250_000, max(1, min(lengths) // 20))
 
 
 def describe(folder: Folder) -> Run:
@@ -150,7 +163,8 @@ def read_scores(path: Path) -> list[Run]:
             if missing or len(set(header)) < len(header):
                 what = f"lacks the column {', '.join(missing)}" if missing else "names a column twice"
                 raise BadInput(f"{path}, line 1: the header {what}; there must be {', '.join(COLUMNS)}.")
-            settings = [name for name in header if name not in {*COLUMNS, *IGNORED}]
+            others = OURS if set(header) >= OURS else set()
+            settings = [name for name in header if name not in {*COLUMNS, *others}]
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if len(row) != len(header):
@@ -267,21 +281,31 @@ def get(run: Run, name: str):
     return run.settings.get(name) if name not in ("agent", "game", "seed") else getattr(run, name)
 
 
+def setting_of(run: Run, by: list[str]) -> str:
+    """The label of the group that a run belongs to."""
+    return label_of(by, tuple(get(run, name) for name in by))
+
+
+def check_grouping(runs: list[Run], by: list[str]) -> None:
+    """Raise BadInput if there is nothing of this name to group by."""
+    for name in by:
+        if all(get(run, name) is None for run in runs):
+            known = sorted({"agent", *(key for run in runs for key in run.settings)})
+            raise BadInput(f"no run has {name!r}, by which to group: there are {', '.join(known)}.")
+
+
 def make_study(runs: list[Run], by: list[str], normalize: str) -> Study:
     """Group runs, and bring them to common games and frames.
 
     `normalize` is human, none or baseline:<agent or label>. Raises BadInput where nothing can be compared.
     """
     notes: list[str] = []
-    for name in by:
-        if all(get(run, name) is None for run in runs):
-            known = sorted({"agent", *(key for run in runs for key in run.settings)})
-            raise BadInput(f"no run has {name!r}, by which to group: there are {', '.join(known)}.")
+    check_grouping(runs, by)
     runs = _without_repeats(runs, by, notes)
     _note_curves(runs, notes)
     runs = [run for run in runs if len(run.frames)]
     if not runs:
-        raise BadInput("no run has a complete iteration yet.")
+        raise BadInput("no run has a score yet: no iteration, or with --evaluation no evaluation, is complete.")
     if len({run.game.startswith("MinAtar/") for run in runs}) > 1:
         raise BadInput("there are runs of ALE and of MinAtar games: choose some with --games.")
     collected: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
@@ -329,7 +353,7 @@ def _without_repeats(runs: list[Run], by: list[str], notes: list[str]) -> list[R
     """
     together = defaultdict(list)
     for run in runs:
-        together[(label_of(by, tuple(get(run, name) for name in by)), run.game, run.seed)].append(run)
+        together[(setting_of(run, by), run.game, run.seed)].append(run)
     kept, left, flags = [], [], set()
     for found in together.values():
         lengths = [int(run.frames[-1]) if len(run.frames) else 0 for run in found]
@@ -366,7 +390,7 @@ def _note_curves(runs: list[Run], notes: list[str]) -> None:
     if tails := [f"{run.tail:,} of {run.source}" for run in runs if run.tail and run.finished]:
         notes.append(f"Left out, as less than an iteration, are the last steps: {_listed(tails)}.")
     if empty := [run.source for run in runs if not len(run.frames)]:
-        notes.append(f"Left out, as no iteration is complete: {_listed(empty)}.")
+        notes.append(f"Left out, as there is no score yet: {_listed(empty)}.")
     if unfinished := [run.source for run in runs if not run.finished]:
         notes.append(f"Unfinished: {_listed(unfinished)}.")
     if cut_off := [run.source for run in runs if run.cut_off]:
@@ -396,8 +420,8 @@ def _common_frames(collected: dict[str, list[Run]], notes: list[str]) -> np.ndar
         notes.append(f"Left out {len(every) - len(frames)} of {len(every)} points in time, which not all runs have.")
     if longest > frames[-1]:
         short = [label for label, found in collected.items() if any(run.frames[-1] == frames[-1] for run in found)]
-        what = f"Cut to {frames[-1]:,} frames, which all runs have; the longest have {longest:,}"
-        notes.append(f"{what}. No longer than that: runs of {_listed(short)}.")
+        end = f" No longer than that: runs of {_listed(short)}." if short else ""
+        notes.append(f"Cut to {frames[-1]:,} frames, which all runs have; the longest have {longest:,}.{end}")
     return frames
 
 

@@ -289,6 +289,13 @@ def test_points_that_not_all_runs_have_are_left_out_and_it_is_said(tmp_path):
         study(tmp_path, text + rows("B", "Pong", seeds, [50], lambda s, f: f))
 
 
+def test_no_run_ends_where_all_have_a_score(tmp_path):
+    """Evaluations at other steps: nothing can be said of runs that are no longer than that."""
+    text = rows("A", "Pong", [1, 2, 3, 4, 5], [100, 200, 250], lambda s, f: f)
+    found = study(tmp_path, text + rows("B", "Pong", [1, 2, 3, 4, 5], [100, 200, 270], lambda s, f: f))
+    assert found.notes[-1] == "Cut to 200 frames, which all runs have; the longest have 270."
+
+
 def test_missing_games_and_seeds_are_listed_by_name(tmp_path):
     seeds = [1, 2, 3, 4, 5, 6]
     text = rows("A", "Pong", seeds, [100], lambda s, f: s)
@@ -375,12 +382,13 @@ def test_contribution(tmp_path, monkeypatch, capsys, refused):
         value *= 0.9
     assert [note.get_text() for note in figure.axes[0].texts] == ["2", "10"]  # 0.5^2 = 0.25, 0.9^10 = 0.349 < 1 / e
 
-    out = tmp_path / "contribution.svg"
+    out = tmp_path / "figures" / "contribution.svg"  # in a folder that is made
     assert run_command(monkeypatch, capsys, "contribution", "--gammas", "0.97", "1", "--out", out)[0] == 0
     assert "gamma = 0.97" in out.read_text()
     assert "--gammas must be" in refused("contribution", "--gammas", "1.1")
     assert "--steps must be" in refused("contribution", "--steps", "0")
     assert "must end in" in refused("contribution", "--out", tmp_path / "contribution")
+    assert "in_a_file cannot be made: Not a directory" in refused("contribution", "--out", out / "in_a_file" / "x.png")
 
 
 def test_different_protocols_in_a_group_raise_a_warning(tmp_path):
@@ -437,6 +445,13 @@ def test_agents_are_not_pooled_in_silence(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["setting", "source", "hours", "normalised"])
+def test_every_other_column_is_a_setting(tmp_path, name):
+    header = f"agent,game,seed,frames,score,{name}\n"
+    text = rows("A", "Pong", [1], [100], lambda s, f: s, x=1) + rows("A", "Pong", [1], [100], lambda s, f: s, x=2)
+    assert [group.label for group in study(tmp_path, text, [name], header=header).groups] == [f"{name} 1", f"{name} 2"]
+
+
 def test_a_column_that_changes_within_a_run_is_refused(tmp_path):
     header = "agent,game,seed,frames,score,std\n"
     text = "".join(f"A,Pong,1,{f},1.0,{f / 7}\n" for f in (100, 200, 300))
@@ -457,6 +472,47 @@ def test_the_iteration_is_that_of_the_chosen_runs(no_figures, tmp_path, monkeypa
     flags = ["--out", tmp_path / "out", "--resamples", "50", "--only", "agent=dqn"]
     status, output, _ = run_command(monkeypatch, capsys, tmp_path / "runs", *flags)
     assert status == 0 and "games that ended in 50 agent steps" in output
+
+
+@pytest.mark.parametrize("trial", [{"agent": "dqn"}, {"agent": "dqn", "game": "ALE/Qbert-v5"}])
+def test_the_iteration_is_that_of_compared_runs(no_figures, tmp_path, monkeypatch, capsys, trial):
+    """A short trial of the same seed, or of a game that one setting alone has, shortens nothing: it is left out."""
+    write_run(tmp_path / "runs" / "long")
+    write_run(tmp_path / "runs" / "other", agent="iqn")
+    write_run(tmp_path / "runs" / "trial", steps=40, games=9, flags={"total_timesteps": 40}, **trial)
+    flags = ["--out", tmp_path / "out", "--resamples", "50"]
+    status, output, _ = run_command(monkeypatch, capsys, tmp_path / "runs", *flags)
+    assert status == 0 and "games that ended in 50 agent steps" in output
+    assert "Left out, as" in output
+
+
+def test_an_iteration_of_whole_rollouts(tmp_path):
+    """Of 1,000 steps games side by side play 960: twenty iterations, and no tail."""
+    folder = write_run(tmp_path / "run", steps=960, flags={"num_envs": 8, "num_steps": 40})
+    folder = runs.read_folder(folder, None)
+    steps = scores.iteration_steps([(scores.describe(folder), folder)], ["agent"])
+    assert steps == 48
+    run = scores.run_of(folder, steps, False)
+    assert (run.frames[-1], run.tail) == (4 * 960, 0)
+
+
+def test_compare_looks_at_two_settings_alone(tmp_path, monkeypatch, capsys, refused):
+    """A third that has fewer seeds, games and steps takes nothing from them."""
+    for agent in ("dqn", "qrdqn"):
+        for seed in range(1, 6):
+            for game in ("Pong", "Qbert"):
+                write_run(tmp_path / f"{agent}{seed}{game}", agent, f"ALE/{game}-v5", seed)
+    write_run(tmp_path / "iqn", "iqn", steps=500, flags={"total_timesteps": 500})
+    words = ["--runs", tmp_path, "--resamples", "50"]
+    status, output, _ = run_command(monkeypatch, capsys, "compare", "dqn", "qrdqn", *words)
+    assert status == 0
+    assert "(2 games, 5 seeds, 4,000 frames)" in output
+    assert "50 agent steps" in output and "iqn" not in output
+    relative = ["--normalize", "baseline:iqn"]
+    _, output, _ = run_command(monkeypatch, capsys, "compare", "dqn", "qrdqn", *words, *relative)
+    assert "score relative to iqn, batch size 32 (1 game, 1-5 seeds, 2,000 frames)" in output
+    assert "'sac' names 0 settings: give one of dqn" in refused("compare", "dqn", "sac", *words)
+    assert "no run has 'colour', by which to group" in refused("compare", "dqn", "qrdqn", *words, "--by", "colour")
 
 
 @pytest.mark.parametrize(("value", "step"), [(np.nan, 5), (np.inf, 5), (1.0, 0)])
@@ -763,6 +819,33 @@ def test_choosing(no_figures, folders, tmp_path, monkeypatch, capsys, refused):
         (["--reference", "dqn, n step 3"], "or group otherwise with --by"),
     ):
         assert words in refused(folders, "--out", tmp_path / "new", *wrong)
+
+
+def test_runs_without_a_value_can_be_chosen(no_figures, tmp_path, monkeypatch, capsys):
+    """A flag that is None, as the report calls it."""
+    for number, target_kl in enumerate((None, 0.02, 0.05)):
+        write_run(tmp_path / "runs" / str(number), flags={"target_kl": target_kl})
+    flags = ["--by", "target_kl", "--only", "target_kl=None,0.02", "--resamples", "50"]
+    assert run_command(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "out", *flags)[0] == 0
+    labels = {row["setting"] for row in table_in(tmp_path / "out" / "aggregates.csv")}
+    assert labels == {"target kl None", "target kl 0.02"}
+
+
+def test_runs_without_an_evaluation(no_figures, tmp_path, refused):
+    write_run(tmp_path / "run", steps=40, games=9)
+    words = refused(tmp_path / "run", "--out", tmp_path / "out", "--iteration", "50")
+    assert "no run has a score yet" in words
+
+
+def test_a_log_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(runs.Path, "read_bytes", refuse)
+    with pytest.raises(BadInput, match=r"tfevents\..* could not be read: Permission denied\."):
+        runs.read_folder(folder, None)
 
 
 def test_compare(folders, monkeypatch, capsys, refused):

@@ -73,12 +73,15 @@ def test_wrong_input(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "good", obs)
     write_run(tmp_path / "bad" / "damaged", obs)
     (tmp_path / "bad" / "damaged" / "features" / "900.npz").write_bytes(b"no zip")
+    write_run(tmp_path / "full_disk", obs)
+    (tmp_path / "full_disk" / "features" / "900.npz").write_bytes(b"")
     write_run(tmp_path / "empty", obs)
     for path in (tmp_path / "empty" / "features").iterdir():
         path.rename(path.with_name("copy_of_" + path.name))  # not an agent's
     cases = {
         (tmp_path / "empty",): "has no features: they are saved by pqn.py and ppo.py with --save-features.",
         (tmp_path / "bad",): "900.npz cannot be read: remove it.",
+        (tmp_path / "full_disk",): "900.npz cannot be read: remove it.",
         (tmp_path / "good", "--by", "colour"): "has no flag colour",
         (tmp_path / "good", "--out", "coverage.txt"): "--out is coverage.txt",
         (tmp_path / "good", "--rows", "1"): "--rows must be from 2",
