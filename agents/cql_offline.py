@@ -749,7 +749,8 @@ def make_run_folder(args: Args, device) -> Path:
     name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__"
     if args.resume == "auto":
         for path in sorted(Path("runs").glob(f"{name}*/args.json"), reverse=True):
-            same = not differences(json.loads(path.read_text())["args"], args)
+            record = json.loads(path.read_text())
+            same = record["agent"] == Path(__file__).stem and not differences(record["args"], args)
             if same and not (path.parent / "finished").exists():
                 return path.parent
     elif args.resume:
@@ -799,7 +800,7 @@ def make_writer(folder: Path, args: Args, global_step: int) -> SummaryWriter:
 
 
 def make_bar(args: Args, global_step: int) -> tqdm:
-    """A progress bar; a plain line a minute where the output is no terminal."""
+    """A progress bar, or without a terminal a plain line a minute."""
     looks = {"dynamic_ncols": True}
     if not sys.stderr.isatty():
         looks = {"file": PlainLines(), "ncols": 0, "mininterval": 60, "maxinterval": 60}
@@ -816,22 +817,22 @@ class PlainLines(io.StringIO):
 
 def check_finite(loss: Tensor, global_step: int, checkpoint: Path):
     if not loss.isfinite():
-        fail(f"the loss is not finite at step {global_step:,}; {checkpoint}, if it is there, is from before.")
+        fail(f"the loss is not finite at step {global_step:,}; {checkpoint}, if there, is from before.")
 
 
 def random_states(rng: np.random.Generator) -> dict:
-    return {"numpy": rng.bit_generator.state, "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return {"numpy": rng.bit_generator.state, "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(rng: np.random.Generator, states: dict):
     rng.bit_generator.state = states["numpy"]
     torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def save(path: Path, state: dict):
-    """Write aside, sync, rename: a file of this name is whole. A full disk does not end the run."""
+    """Write aside, sync, rename: a file of this name is whole."""
     aside = path.with_suffix(".tmp")
     try:
         with open(aside, "wb") as file:
@@ -845,13 +846,12 @@ def save(path: Path, state: dict):
 
 
 def load_checkpoint(path: Path, args: Args, parts: dict, rng) -> dict:
-    """Load parts and random states; return what else the checkpoint holds."""
+    """Load parts and random states; return the rest."""
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        others = differences(state["args"], args)
-        if others:
+        if others := differences(state["args"], args):
             fail(f"{path.parent} was run with {' '.join(others)}: give the same flags.")
         state["optimizer"] = copy.deepcopy(state["optimizer"])  # else it keeps the file
         for name, part in parts.items():

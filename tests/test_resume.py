@@ -18,6 +18,7 @@ import types
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ONLINE, Bomb, check_same, contents, in_call, load, logged, make_args, stop_in_step, stopped
@@ -178,6 +179,27 @@ def test_auto(dqn):
     assert resumed(dqn, "auto") not in (older, newer)
 
 
+def test_a_gpu_that_is_not_used(dqn, monkeypatch):
+    """With --no-cuda, or under a driver that is too old: a checkpoint asks nothing of it."""
+    monkeypatch.setattr(torch.cuda.random, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert dqn.random_states(np.random.default_rng(1))["cuda"] == []
+
+
+def test_the_state_of_one_gpu_is_kept(dqn, monkeypatch):
+    """That of the run, the first: the next machine may have no other."""
+    asked = []
+    for name in ("is_initialized", "is_available"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    monkeypatch.setattr(torch.cuda.random, "device_count", lambda: 2)
+    for module in (torch.cuda, torch.cuda.random):
+        monkeypatch.setattr(module, "get_rng_state", lambda device="cuda": torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda.random, "set_rng_state", lambda state, device="cuda": asked.append((state, device)))
+    rng = np.random.default_rng(1)
+    dqn.set_random_states(rng, dqn.random_states(rng))
+    assert [(len(state), device) for state, device in asked] == [(16, 0)]
+
+
 def test_a_copy_does_not_go_on_with_the_original_s_run(dqn, tmp_path):
     """A copied file names its runs after itself."""
     stopped(dqn, make_args(dqn), stop_in_step, 12)
@@ -187,6 +209,18 @@ def test_a_copy_does_not_go_on_with_the_original_s_run(dqn, tmp_path):
     folder = copied.make_run_folder(make_args(copied, resume="auto"), torch.device("cpu"))
     assert "__mydqn__" in folder.name
     assert not (folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("other", ["mydqn", "rainbow"])
+def test_a_name_of_one_s_own_does_not_join_two_agents(dqn, tmp_path, other):
+    """The same --exp-name of a copy, or of an agent that has all of these flags, and more."""
+    source = Path(dqn.__file__).with_name("dqn.py" if other == "mydqn" else "rainbow.py")
+    (tmp_path / f"{other}.py").write_text(source.read_text())
+    theirs = load(tmp_path / f"{other}.py")
+    flags = {name: value for name, value in vars(small(theirs)).items() if name in vars(small(dqn))}
+    flags |= {"exp_name": "sweep", "resume": "auto"}
+    folders = [module.make_run_folder(module.Args(**flags), torch.device("cpu")) for module in (theirs, dqn, theirs)]
+    assert folders[0] == folders[2] != folders[1]
 
 
 def test_a_mirrored_run_goes_on_as_the_same(dqn, monkeypatch):
