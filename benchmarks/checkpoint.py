@@ -97,7 +97,7 @@ def make_state(dqn, flags, rows: int) -> dict:
 
 def main(args: Args):
     dqn = importlib.import_module("dqn")
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+    with tempfile.TemporaryDirectory(dir=args.folder and args.folder.resolve()) as name:
         os.chdir(name)
         speed = training_speed(args)
         flags = dqn.Args(buffer_size=args.rows, total_timesteps=2 * args.rows)

@@ -32,10 +32,15 @@ def read_record(folder: Path) -> dict:
         raise SystemExit(2) from None
 
 
+def games_of(records: list[dict]) -> set[str]:
+    return {record["args"]["env_id"] for record in records}
+
+
 def label_of(record: dict, records: list[dict]) -> str:
-    """Agent, batch, seed, and the flags in which the runs differ besides."""
+    """Agent, batch, seed, and the game and the flags in which the runs differ besides."""
     flags = record["args"]
-    words = [record["agent"], f"{flags['num_envs']} games" if "num_envs" in flags else f"batch {flags['batch_size']}"]
+    words = [] if len(games_of(records)) == 1 else [flags["env_id"]]
+    words += [record["agent"], f"{flags['num_envs']} games" if "num_envs" in flags else f"batch {flags['batch_size']}"]
     for name, value in flags.items():
         told = name in ("batch_size", "num_envs", "seed", "env_id", "exp_name", "resume")
         others = [other["args"].get(name, value) for other in records]
@@ -45,6 +50,9 @@ def label_of(record: dict, records: list[dict]) -> str:
 
 
 def main(args: Args):
+    if not args.runs:
+        print("error: name a run folder.", file=sys.stderr)
+        raise SystemExit(2)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     records = [read_record(folder) for folder in args.runs]
     for number, (folder, record) in enumerate(zip(args.runs, records, strict=True)):
@@ -70,7 +78,7 @@ def main(args: Args):
             means = [evaluation.value for evaluation in evaluations]
             label = f"{name}: evaluation, {flags['eval_episodes']} games at epsilon {flags['eval_epsilon']}"
             axes.plot(steps * millions, means, "D", color=colour, markeredgecolor="black", label=label)
-        axes.set_title(flags["env_id"])
+    axes.set_title(", ".join(sorted(games_of(records))))
     axes.set_xlabel("emulator frames (millions)")
     axes.set_ylabel("return of a full game, unclipped")
     axes.grid(alpha=0.3)

@@ -32,7 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "minatar.csv"
-KEYS = ["env_id", "agent", "batch_size", "total_timesteps", "seed"]  # what tells results apart
+KEYS = ["benchmark", "env_id", "agent", "batch_size", "total_timesteps", "seed"]  # what tells results apart
 DOPAMINE = {
     "learning_rate": 2.5e-4,
     "adam_eps": 3.125e-4,
@@ -182,13 +182,13 @@ def random_play(env_id: str, games: int = 1_000) -> np.ndarray:
 
 
 # ---- the benchmark
-def key_of(setting: dict, seed: int) -> tuple:
-    return tuple(str(value) for value in [*[setting[key] for key in KEYS[:-1]], seed])
+def key_of(args: Args, setting: dict, seed: int) -> tuple:
+    return (args.benchmark, *[str(setting[key]) for key in KEYS[1:-1]], str(seed))
 
 
 def measure(args: Args, setting: dict, seed: int):
     """Train one run, and add its result to the file, unless it is in there."""
-    key = key_of(setting, seed)
+    key = key_of(args, setting, seed)
     if key in known(args.results, KEYS, "mean_return"):
         return
     flags = {name: value for name, value in setting.items() if name != "agent"}
@@ -217,7 +217,7 @@ def main(args: Args):
         for setting in settings:
             if setting["env_id"] != game:
                 continue
-            means = [results.get(key_of(setting, seed), np.nan) for seed in seeds]
+            means = [results.get(key_of(args, setting, seed), np.nan) for seed in seeds]
             each = ", ".join(f"{mean:.2f}" for mean in means).replace("nan", "-")
             mean = f"{np.nanmean(means):.2f}" if not np.isnan(means).all() else "-"
             print(f"| {game} | {setting['agent']} | {setting['batch_size']} | {mean} | {each} |")

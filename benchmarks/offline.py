@@ -34,6 +34,7 @@ from analysis.statistics import Interval, estimate, probability_of_improvement
 
 RESULTS = ROOT / "benchmarks" / "results" / "offline.csv"
 LEVELS = ["random", "all", "last tenth", "dqn"]  # mean returns: random play, recorded games, DQN's last 100 games
+RECORDED_STEPS = 500_000  # agent steps of a recording
 KEYS = ["game", "data", "algorithm", "n_step", "batch_size", "seed", "total_timesteps"]  # what tells results apart
 DATA = ["all", "last tenth"]
 SETTINGS = {
@@ -56,7 +57,6 @@ class Args:
     n_steps: tuple[int, ...] = (1, 3)  # agent steps of reward in a return
     batch_sizes: tuple[int, ...] = (8, 32)  # transitions per update
     seeds: int = 3  # runs of each setting
-    recorded_steps: int = 500_000  # agent steps of the recording
     total_timesteps: int = 100_000  # agent steps of training, an update every 4
     jobs: int = 1  # runs at a time, each on one core
     folder: Path = ROOT  # folder to run in: the run folders are in runs/ there, the recordings in datasets/
@@ -79,7 +79,7 @@ def record(args: Args, game: str):
     whole, tenth = [dataset_of(args, game, data) for data in DATA]
     if tenth.exists():
         return
-    steps = args.recorded_steps
+    steps = RECORDED_STEPS
     flags = {**FLAGS["500k"], "env_id": game, "seed": 1, "total_timesteps": steps, "buffer_size": steps}
     run = train(args.folder, "dqn", flags)
     if not (whole / "export.json").exists():

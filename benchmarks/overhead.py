@@ -56,7 +56,7 @@ def measure_priorities(module, args: Args):
     flags = module.Args(buffer_size=args.rows, n_step=3)
     replay = module.PrioritizedReplay(space, flags, torch.device("cpu"), rng)
     replay.observations.fill(1)  # touch every page, as a full replay has
-    replay.places[:] = 1_000
+    replay.ages[:] = 1_000
     replay.ready[:] = True
     replay.full = True
     for first in range(0, args.rows, 10_000):

@@ -116,7 +116,7 @@ def run_agent(channel: Connection, folder: Path, agent: str, game: str, batch_si
         "batch_size": batch_size,
         "network": args.network,
         "cuda": args.cuda,
-        "total_timesteps": 1_000_000_000,
+        "total_timesteps": 10_000_000,  # more than it gets; BBF looks through all resets of a run at every step
         "buffer_size": 10_000,
         "learning_starts": RANDOM_STEPS,
         "exploration_steps": 1,
@@ -314,6 +314,9 @@ def print_rows(game: str, agent: str, size: int, speeds: dict[str, list[float]])
 
 
 def main(args: Args):
+    if args.rounds < 2:
+        print("error: --rounds must be at least 2: the table has quartiles.", file=sys.stderr)
+        raise SystemExit(2)
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with ProcessPoolExecutor(1, SPAWN) as pool:  # torch stays out of this process

@@ -3,10 +3,12 @@
 import importlib
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, load, make_args
 from torch.utils.tensorboard import SummaryWriter
 
@@ -57,6 +59,32 @@ def test_curves_are_told_apart(script):
     records = [{"agent": "dqn", "args": flags}, {"agent": "dqn", "args": flags | {"n_step": 1, "seed": 8}}]
     labels = [script("curve").label_of(record, records) for record in records]
     assert labels == ["dqn, batch 8, n step 3, seed 7", "dqn, batch 8, n step 1, seed 8"]
+
+
+def test_curves_of_two_games(script, tmp_path, monkeypatch):
+    """Each has its game in its label, and the title has both."""
+    curve = script("curve")
+    for game in ("Breakout", "Asterix"):
+        with SummaryWriter(tmp_path / game) as writer:
+            writer.add_scalar("charts/episodic_return", 1.0, 100)
+        flags = {"env_id": f"MinAtar/{game}-v1", "seed": 7, "batch_size": 8}
+        (tmp_path / game / "args.json").write_text(json.dumps({"agent": "dqn", "args": flags, "frames_per_step": 1}))
+    drawn = []
+    real = curve.plt.subplots
+    monkeypatch.setattr(curve.plt, "subplots", lambda **given: drawn.append(real(**given)) or drawn[0])
+    curve.main(curve.Args((tmp_path / "Breakout", tmp_path / "Asterix"), tmp_path / "curve.png"))
+    axes = drawn[0][1]
+    labels = [text.get_text().partition(":")[0] for text in axes.get_legend().get_texts()]
+    assert labels == ["MinAtar/Breakout-v1, dqn, batch 8, seed 7", "MinAtar/Asterix-v1, dqn, batch 8, seed 7"]
+    assert axes.get_title() == "MinAtar/Asterix-v1, MinAtar/Breakout-v1"
+
+
+def test_no_curve_of_nothing(script, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        script("curve").main(script("curve").Args((), tmp_path / "curve.png"))
+    assert refusal.value.code == 2
+    assert capsys.readouterr().err == "error: name a run folder.\n"
+    assert not (tmp_path / "curve.png").exists()
 
 
 def test_no_curve_of_what_is_no_run(script, tmp_path, capsys):
@@ -144,6 +172,45 @@ def test_the_table_has_a_row_for_each_rival(script, tmp_path, capsys):
     assert [len(speeds) for speeds in record["results"][0]["speeds"].values()] == [2, 2, 2]
 
 
+def test_quartiles_take_two_rounds(script, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        script("speed").main(script("speed").Args(rounds=1))
+    assert refusal.value.code == 2
+    assert "--rounds must be at least 2" in capsys.readouterr().err
+
+
+# ---- overhead.py, checkpoint.py, soak.py
+def test_priorities_are_measured(script, capsys):
+    overhead = script("overhead")
+    threads = torch.get_num_threads()
+    overhead.measure_priorities(load(ROOT / "agents" / "rainbow.py"), overhead.Args(rows=1_000, draws=8))
+    torch.set_num_threads(threads)
+    assert "1,000" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_checkpoints_are_measured_where_one_says(script, tmp_path, monkeypatch, capsys):
+    """In a folder that is named relative to this one; nothing stays there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "agents"))
+    (tmp_path / "disk").mkdir()
+    checkpoint = script("checkpoint")
+    checkpoint.main(checkpoint.Args(rows=100, rounds=1, steps=16, folder=Path("disk")))
+    assert "read again in" in capsys.readouterr().out
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+@pytest.mark.long
+def test_a_soak_that_is_too_short(script, tmp_path, capsys):
+    """The replay is full before the end, but not as long as --settle."""
+    soak = script("soak")
+    with pytest.raises(SystemExit) as refusal:
+        soak.main(soak.Args(agent="dqn", minutes=0.4, rows=1_100, out=tmp_path / "soak.png"))
+    assert refusal.value.code == 2
+    assert re.fullmatch(r"error: [\d,]+ steps do not fill the replay in time: .*\n", capsys.readouterr().err)
+    assert not (tmp_path / "soak.png").exists()
+
+
 # ---- learning.py
 @pytest.mark.parametrize("setting", ["500k", "short", "100k"])
 def test_agents_know_the_flags_of_their_benchmark(setting, script):
@@ -153,6 +220,16 @@ def test_agents_know_the_flags_of_their_benchmark(setting, script):
         flags = learning.FLAGS[setting] | learning.OWN_FLAGS.get(agent, {})
         module = load(ROOT / "agents" / f"{agent}.py")
         module.Args(env_id=args.games[0], total_timesteps=args.total_timesteps, **flags)
+
+
+def test_results_of_other_settings_are_not_taken(script, capsys):
+    """DER of 100,000 steps is there with the settings of Atari 100k, not with those of the study."""
+    learning = script("learning")
+    for benchmark, is_there in (("100k", True), ("500k", False)):
+        flags = {"agents": ("der",), "games": ("MinAtar/Breakout-v1",), "batch_sizes": (32,)}
+        learning.main(learning.Args(benchmark, **flags, total_timesteps=100_000, table_only=True))
+        (row,) = [row for row in capsys.readouterr().out.splitlines() if "| der |" in row]
+        assert row.endswith("| - | -, -, - |") == (not is_there)
 
 
 def test_a_finished_run_of_the_same_flags_is_found(script, dqn, tmp_path, monkeypatch):
