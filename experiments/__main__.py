@@ -78,6 +78,8 @@ def run(args: RunArgs, overrides: dict) -> int:
     """Run a plan here and draw its figures, or submit it; return the exit status."""
     if args.jobs < 0 or args.threads < 0:
         raise BadInput("--jobs and --threads must not be negative.")
+    if args.cluster:
+        args.slurm.check()
     record = Record(args.record)
     plan = without_needless(make_plan(args.names, args.scale, overrides), args.folder, record)
     claim_folder(args.folder, args.scale, overrides)

@@ -113,7 +113,6 @@ def as_words(name: str, value) -> list[str]:
     return [f"--{flag}", str(value)]
 
 
-@cache
 def flags_of(agent: str) -> dict[str, ast.AnnAssign]:
     """The flags of an agent but --exp-name, as its file declares them.
 

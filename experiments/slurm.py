@@ -32,6 +32,13 @@ class Cluster:
     array_limit: int = 256  # tasks at a time
     requeue: bool = True  # go on after a preemption or the end of --hours
 
+    def check(self):
+        """Raise BadInput if there is no sbatch, or a number is none."""
+        if not shutil.which("sbatch"):
+            raise BadInput("sbatch is not here: --cluster slurm is for a login node of a Slurm cluster.")
+        if min(self.cpus, self.side_by_side, self.array_limit) < 1 or self.hours <= 0:
+            raise BadInput("--cpus, --side-by-side and --array-limit must be at least 1, --hours more than 0.")
+
     def executor(self, folder: Path, after: list[str]) -> submitit.AutoExecutor:
         """What submits to Slurm, `after` other arrays have ended."""
         executor = submitit.AutoExecutor(folder=folder / "slurm", cluster="slurm")
@@ -86,12 +93,8 @@ def submit(
 ) -> list[str]:
     """Submit what is not finished, in arrays; return their numbers.
 
-    Raises BadInput if there is no sbatch, or the cluster rejects the job: its own words are in the message.
+    Raises BadInput if the cluster rejects the job: its own words are in the message.
     """
-    if not shutil.which("sbatch"):
-        raise BadInput("sbatch is not here: --cluster slurm is for a login node of a Slurm cluster.")
-    if min(cluster.cpus, cluster.side_by_side, cluster.array_limit) < 1 or cluster.hours <= 0:
-        raise BadInput("--cpus, --side-by-side and --array-limit must be at least 1, --hours more than 0.")
     waiting = [item for item in plan if not item.result(folder) and item not in record]
     numbers, before = [], []
     for depth in sorted({depth_of(item) for item in waiting}):

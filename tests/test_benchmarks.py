@@ -222,9 +222,10 @@ def test_agents_know_the_flags_of_their_benchmark(setting, script):
         module.Args(env_id=args.games[0], total_timesteps=args.total_timesteps, **flags)
 
 
-def test_results_of_other_settings_are_not_taken(script, capsys):
+def test_results_of_other_settings_are_not_taken(script, monkeypatch, capsys):
     """DER of 100,000 steps is there with the settings of Atari 100k, not with those of the study."""
     learning = script("learning")
+    monkeypatch.setattr(learning, "random_play", lambda env_id: np.zeros(1))
     for benchmark, is_there in (("100k", True), ("500k", False)):
         flags = {"agents": ("der",), "games": ("MinAtar/Breakout-v1",), "batch_sizes": (32,)}
         learning.main(learning.Args(benchmark, **flags, total_timesteps=100_000, table_only=True))
@@ -289,6 +290,7 @@ def test_results_that_are_there_are_not_made_again(script, monkeypatch, capsys):
     offline = script("offline")
     for name in ("record", "measure"):
         monkeypatch.setattr(offline, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    monkeypatch.setattr(offline, "chance", lambda *_: "")  # slow
     offline.main(offline.Args())
     assert "| all | dqn | 1 | 8 |" in capsys.readouterr().out
 
