@@ -69,9 +69,7 @@ def watch(args: Args, folder: Path) -> tuple[np.ndarray, np.ndarray, int, int, f
     filled = [event.wall_time - began for event in events.Scalars("charts/epsilon") if event.step >= args.rows]
     times, memory = np.array(samples).T
     if not filled or (times > filled[0] + args.settle).sum() < 2:
-        print(
-            f"error: {steps:,} steps do not fill the replay in time: more --minutes, or fewer --rows.", file=sys.stderr
-        )
+        print(f"error: {steps:,} steps fill no replay in time: more --minutes, or fewer --rows.", file=sys.stderr)
         raise SystemExit(2)
     return times, memory, process.returncode, steps, filled[0]
 

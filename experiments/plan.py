@@ -318,9 +318,10 @@ def check_value(agent: str, flag: str, value):
     declared = flags_of(agent)[flag].annotation
     kind = ast.unparse(declared)
     if kind.startswith("Literal"):
-        allowed = ast.literal_eval(declared.slice)
+        choices = getattr(declared.slice, "elts", [declared.slice])  # or the only one
+        allowed = [ast.literal_eval(choice) for choice in choices]
         wrong = value not in allowed
-        kind = ", ".join(allowed)
+        kind = ", ".join(map(str, allowed))
     else:
         parts = kind.split(" | ")
         wrong = set(parts) <= TYPES.keys() and not any(type(value) in TYPES[part] for part in parts)

@@ -207,7 +207,7 @@ def test_a_soak_that_is_too_short(script, tmp_path, capsys):
     with pytest.raises(SystemExit) as refusal:
         soak.main(soak.Args(agent="dqn", minutes=0.4, rows=1_100, out=tmp_path / "soak.png"))
     assert refusal.value.code == 2
-    assert re.fullmatch(r"error: [\d,]+ steps do not fill the replay in time: .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: [\d,]+ steps fill no replay in time: .*\n", capsys.readouterr().err)
     assert not (tmp_path / "soak.png").exists()
 
 

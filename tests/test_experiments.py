@@ -1,5 +1,6 @@
 """The figures' plans against counts by hand, the launcher with agents that pretend, and both for real."""
 
+import ast
 import csv
 import dataclasses
 import importlib
@@ -182,6 +183,15 @@ def test_values_of_flags(words, said):
             plan.check_plan(["fig2.1"], "paper", overrides)
     else:
         plan.check_plan(["fig2.1"], "paper", overrides)
+
+
+def test_one_choice_alone(monkeypatch):
+    """Of an agent of one's own: a part of its name is not it."""
+    args = ast.parse('network: Literal["nature"] = "nature"').body[0]
+    monkeypatch.setattr(plan, "flags_of", lambda agent: {"network": args})
+    plan.check_value("mine", "network", "nature")
+    with pytest.raises(BadInput, match="--network of mine takes nature, not 'nat'"):
+        plan.check_value("mine", "network", "nat")
 
 
 def test_values_that_may_be_missing():
