@@ -1,5 +1,6 @@
 """The README and docs/ name only what is there."""
 
+import csv
 import re
 import subprocess
 
@@ -46,3 +47,25 @@ def test_the_lessons_are_as_long_as_the_readme_says(one, other, lines):
     command = ["diff", f"agents/{one}.py", f"agents/{other}.py"]
     changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     assert abs(len(re.findall(r"^[<>]", changed, re.MULTILINE)) - int(lines)) < 8  # diff programs differ
+
+
+@pytest.mark.parametrize(
+    ("page", "words", "record"),
+    [
+        ("README.md", r"so far (\d+) of its 100 runs are made", "small_batch_minatar.csv"),
+        ("docs/experiments.md", r"54, in `bbf_minatar.csv`, (\d+) are\sfinished", "bbf_minatar.csv"),
+    ],
+)
+def test_the_pages_count_the_runs_of_a_record(page, words, record):
+    said = re.findall(words, (ROOT / page).read_text())
+    with open(ROOT / "docs" / "results" / record) as file:
+        assert said == [str(len(list(csv.DictReader(file))))]
+
+
+def test_the_table_of_bbf_has_the_scores_of_its_record():
+    page = (ROOT / "docs" / "results.md").read_text()
+    table = page[page.index("| setting | Asterix") :].split("\n\n")[0]
+    cells = [cell.strip() for row in table.splitlines()[2:-1] for cell in row.split("|")[2:-1]]
+    with open(ROOT / "docs" / "results" / "bbf_minatar.csv") as file:
+        scores = [f"{float(row['score_20']):.2f}" for row in csv.DictReader(file)]
+    assert sorted(filter(None, cells)) == sorted(scores)
