@@ -346,6 +346,13 @@ def _listed(items: Iterable[str], most: int = 12) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def _spans(numbers: list[int]) -> str:
+    """Sorted numbers in words: 2, 7 to 9."""
+    first = [number for number in numbers if number - 1 not in numbers]
+    last = [number for number in numbers if number + 1 not in numbers]
+    return _listed(str(a) if a == b else f"{a} to {b}" for a, b in zip(first, last, strict=True))
+
+
 def _without_repeats(runs: list[Run], by: list[str], notes: list[str]) -> list[Run]:
     """Of runs with the same group, game and seed keep the longest, the last one made if they are equally long.
 
@@ -430,9 +437,10 @@ def _note_missing_seeds(label: str, chosen: dict[str, list[Run]], seeds: dict[st
     every, lacking = set.union(*seeds.values()), defaultdict(list)
     for game, found in chosen.items():
         if missing := sorted(every - {run.seed for run in found}):
-            lacking[_listed(map(str, missing), 30)].append(game)
+            lacking[_spans(missing)].append(game)
     for missing, games in lacking.items():
-        notes.append(f"{label}: no seed {missing} of {_listed(games)}.")
+        where = f"any of {len(games)} games" if len(games) == len(chosen) > 1 else _listed(games)
+        notes.append(f"{label}: no seed {missing} of {where}.")
 
 
 def _note_protocols(label: str, runs: list[Run], notes: list[str]) -> None:

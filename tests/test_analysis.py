@@ -310,6 +310,11 @@ def test_missing_games_and_seeds_are_listed_by_name(tmp_path):
     assert found.games == ["Breakout", "Pong"]
     assert "A: no seed 2, 7 of Breakout." in found.notes
     assert [len(found.groups[0].raw[game]) for game in found.games] == [5, 6]
+    text += rows("B", "Breakout", [8, 9, 11], [100], lambda s, f: s)
+    text += rows("B", "Pong", [8, 9, 11], [100], lambda s, f: s)
+    assert "A: no seed 7 to 9, 11 of Pong." in study(tmp_path, text).notes
+    text += rows("A", "Breakout", [2], [100], lambda s, f: s)
+    assert "A: no seed 7 to 9, 11 of any of 2 games." in study(tmp_path, text).notes
 
 
 def test_games_without_a_human_score_are_listed(tmp_path):
