@@ -315,6 +315,9 @@ def test_missing_games_and_seeds_are_listed_by_name(tmp_path):
     assert "A: no seed 7 to 9, 11 of Pong." in study(tmp_path, text).notes
     text += rows("A", "Breakout", [2], [100], lambda s, f: s)
     assert "A: no seed 7 to 9, 11 of any of 2 games." in study(tmp_path, text).notes
+    for setting in "AB":
+        text += rows(setting, "Qbert", [*seeds, 7, 8, 9, 11], [100], lambda s, f: s)
+    assert "A: no seed 7 to 9, 11 of Breakout, Pong." in study(tmp_path, text).notes
 
 
 def test_games_without_a_human_score_are_listed(tmp_path):

@@ -8,7 +8,9 @@ import pytest
 from conftest import ROOT
 from sync import NAMES
 
+from experiments.draw import draw
 from experiments.plan import find_figure, runs_of, variants_of
+from experiments.record import Record
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
@@ -57,9 +59,10 @@ def test_the_readme_counts_the_runs_of_its_record():
         assert said == [str(len(list(csv.DictReader(file))))]
 
 
-def test_the_table_of_bbf_has_the_scores_of_its_record():
-    figure = find_figure("bbf")
-    with open(ROOT / "docs" / "results" / "bbf_minatar.csv") as file:
+def test_the_table_of_bbf_has_the_scores_and_intervals_of_its_record(tmp_path, capsys):
+    """Drawn anew from the record, which has every run of the figure and no other."""
+    figure, results = find_figure("bbf"), ROOT / "docs" / "results"
+    with open(results / "bbf_minatar.csv") as file:
         scores = {(row["setting"], row["game"], row["seed"]): float(row["score_20"]) for row in csv.DictReader(file)}
     cells = {name: {} for name in variants_of(figure, "minatar")}
     for setting, run in runs_of(figure, "minatar", {}):
@@ -67,10 +70,15 @@ def test_the_table_of_bbf_has_the_scores_of_its_record():
         cells[setting["variant"]].setdefault(run.env_id, []).append(f"{score:.2f}")
     assert not scores
 
-    drawn = (ROOT / "docs" / "results" / "bbf.md").read_text()
-    intervals = re.findall(r"\| bbf \| (.+?) \| (.+?) \| (.+?) to (.+?) †? ?\|", drawn)
+    draw("bbf", figure, "minatar", {}, tmp_path, Record(results / "bbf_minatar.csv"), tmp_path)
+    drawn = (tmp_path / "bbf.md").read_text()
+    assert drawn == (results / "bbf.md").read_text()
+    intervals = re.findall(r"\| bbf \| (.+?) \| (.+?) \| (.+?) to (.+?) †", drawn)
     iqms = {name: f"{iqm} [{low}, {high}]" for name, iqm, low, high in intervals}
+    said = capsys.readouterr().out
+    beats = dict(re.findall(r"a run with (.+) beats one with spr .* probability (.+?\])", said))
+
     page = (ROOT / "docs" / "results.md").read_text()
     for name, games in cells.items():
-        row = " | ".join([name, *(", ".join(seeds) for seeds in games.values()), iqms[name]])
-        assert f"| {row} | " in page
+        row = [name, *(", ".join(seeds) for seeds in games.values()), iqms[name], beats.get(name, "")]
+        assert f"| {' | '.join(row)} |\n" in page
